@@ -1,0 +1,61 @@
+# What can be done with a checkout of runfs. `make help` lists it.
+
+PYTHON ?= python3
+VENV ?= .venv
+# `make demo S3=1`: the second store is a SeaweedFS S3 server instead of a directory.
+S3 ?=
+
+PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
+# One section of requirements.lock, installed exactly: every hash must match, and nothing that is not in the file comes along.
+install-section = sed -n '/^\# section: $(1)$$/,/^\# section: /p' requirements.lock >$(VENV)/requirements-$(1).txt \
+	&& $(PIP) install --quiet --no-deps --require-hashes -r $(VENV)/requirements-$(1).txt
+
+.DEFAULT_GOAL := help
+.PHONY: help install test check demo lock clean system
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+
+install: $(VENV)/.runtime  ## system packages that are missing, .venv, and the runfs command in it
+	@echo "Installed. Next: $(VENV)/bin/runfs mount MOUNTPOINT --project DIR --store URL   (or see it work: make demo)"
+
+test: $(VENV)/.test  ## all tests (T='-k words' or T=tests/test_x.py picks some)
+	$(VENV)/bin/python -m pytest $(T)
+
+check: $(VENV)/.test  ## lint, format, types, and that imports point from daemon to vfs only
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/python -m pytest -q tests/test_architecture.py
+
+demo: $(VENV)/.demo  ## the main job on a small real project, step by step (S3=1: against a real S3 server)
+	$(VENV)/bin/python -m daemon.demo $(if $(filter-out 0,$(S3)),--s3)
+
+lock: $(VENV)/.runtime  ## write requirements.lock anew from pyproject.toml (UPGRADE=1: with the newest versions)
+	$(PYTHON) -m venv $(VENV)/lock && $(VENV)/lock/bin/python -m pip install --quiet uv
+	UPGRADE=$(UPGRADE) .ci/lock $(VENV)/lock/bin/uv
+
+clean:  ## remove .venv and everything built
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+system:
+	@.ci/system-packages $(PYTHON)
+
+$(VENV)/.runtime: requirements.lock pyproject.toml | system
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing what runfs needs into $(VENV)"
+	@$(call install-section,runtime)
+	@$(PIP) install --quiet --no-deps --editable .
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.runtime
+	@echo "Installing what the demo needs into $(VENV)"
+	@$(call install-section,demo)
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	@echo "Installing what the tests need into $(VENV)"
+	@$(call install-section,test)
+	@$(PIP) check
+	@touch $@

@@ -1,0 +1,182 @@
+"""One mount from start to end: compose the parts, say ready, keep watch, drain, unmount.
+
+Tasks in the nursery: pyfuse3's main loop; the control socket; the pusher (pushes what is dirty and quiet); the index
+watch (what other processes changed, four times a second); the look over all records at start; the free-space
+watch; the watchdog. Worker threads run pushes, evictions and commands. Between two checkpoints of the trio thread no file operation
+runs: `core.commit` uses this for the moment in which a unit changes place.
+
+Order at the end: no new pushes by themselves, drain what is dirty (bounded), unmount, close. SIGTERM and SIGINT do the
+same as `runfs umount`.
+"""
+
+import logging
+import os
+import signal
+from collections.abc import Callable
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+import pyfuse3
+import trio
+
+from daemon import control, mounts, notify
+from daemon.operations import Operations, close_all
+from daemon.transfers import Transfers
+from daemon.upkeep import Upkeep
+from vfs import report
+from vfs.errors import MountpointError
+from vfs.filesystem import FileSystem
+from vfs.session import Progress, Session
+from vfs.settings import Settings
+
+log = logging.getLogger(__name__)
+_READ_AHEAD_KB = 1024
+DRAIN_S = 60.0
+
+
+def serve(settings: Settings, *, ready: Callable[[dict[str, Any]], None]) -> int:
+    """Mount and serve until unmounted. `ready` is called once with the state. Returns the exit code.
+
+    Raises MountpointError, IndexUnavailable, JournalLocked, ConfigError before anything is mounted.
+    """
+    if settings.mountpoint is None:
+        raise MountpointError("where? Name a mountpoint: runfs mount MOUNTPOINT")
+    os.umask(0)
+    with closing(Session.open(settings, role="daemon")) as session:
+        return trio.run(Mount(session).run, ready, strict_exception_groups=True)
+
+
+class Mount:
+    """A session behind a mountpoint."""
+
+    def __init__(self, session: Session) -> None:
+        assert session.settings.mountpoint is not None
+        self.session = session
+        self.mountpoint: Path = session.settings.mountpoint
+        self.files = FileSystem(session.core)
+        self._over = trio.Event()
+        self._drain_s = DRAIN_S
+        self._drained: dict[str, Any] = {}
+
+    async def run(self, ready: Callable[[dict[str, Any]], None]) -> int:
+        core = self.session.core
+        transfers = Transfers(core, self.files, self.session.hydrator, self.session.pusher)
+        self.session.waiting = transfers.waiting
+        operations = Operations(self.files, transfers)
+        token = trio.lowlevel.current_trio_token()
+        core.commit = lambda call: trio.from_thread.run_sync(call, trio_token=token)
+        self.upkeep = Upkeep(self.session, self.files)
+        self._mount(operations)
+        try:
+            with mounts.announced(
+                self.session.settings.runtime_dir, self.mountpoint, self.session.settings.index
+            ) as path:
+                await self._serve(path, ready)
+        finally:
+            self.upkeep.close()
+            with suppress(Exception):
+                pyfuse3.close(unmount=True)
+            close_all(operations, self.files)
+        return 0
+
+    def _mount(self, operations: Operations) -> None:
+        settings = self.session.settings
+        options = {"fsname=runfs", "subtype=runfs", "default_permissions", *settings.fuse_options}
+        options |= {"allow_other"} if settings.allow_other else set()
+        options |= {"ro"} if settings.read_only else set()
+        try:
+            pyfuse3.init(operations, str(self.mountpoint), options)
+        except RuntimeError as error:
+            raise MountpointError(
+                f"{self.mountpoint} cannot be mounted ({error}); `runfs doctor` tells what this machine lacks"
+            ) from error
+        _read_ahead(self.mountpoint)
+
+    async def _serve(self, socket: Path, ready: Callable[[dict[str, Any]], None]) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._fuse, nursery.cancel_scope)
+            await nursery.start(control.serve, socket, _Commands(self))
+            nursery.start_soon(self._signals)
+            nursery.start_soon(self._watchdog)
+            self.upkeep.start(nursery)
+            await trio.to_thread.run_sync(self._try_stores)
+            ready(report.overview(self.session))
+            await self._over.wait()
+            await self._unmount()
+            # the main loop ends when the kernel has let go, and with it this nursery
+
+    async def _fuse(self, scope: trio.CancelScope) -> None:
+        await pyfuse3.main()
+        self.session.stopping.set()
+        scope.cancel()
+
+    def _try_stores(self) -> None:
+        """One quick question to each store, so that the first line says how it is; never more than a moment."""
+        for home in self.session.core.homes:
+            with suppress(Exception), home.watched():
+                next(iter(home.store().list(".runfs/", deadline=min(3.0, home.deadline_s))), None)
+
+    async def _signals(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
+            async for _number in received:
+                log.info("asked to stop; draining for at most %.0f s", self._drain_s)
+                self.finish(self._drain_s)
+
+    async def _watchdog(self) -> None:
+        interval = notify.watchdog_interval()
+        while interval:
+            notify.watchdog()
+            await trio.sleep(interval)
+
+    def finish(self, drain_s: float) -> None:
+        """Drain and unmount, from the trio thread."""
+        self._drain_s = drain_s
+        self._over.set()
+
+    async def _unmount(self) -> None:
+        notify.stopping()
+        if not self._drained:
+            await self.drain(self._drain_s, lambda _event: None)
+        await trio.to_thread.run_sync(_detach, self.mountpoint)
+
+    async def drain(self, seconds: float, tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        """Push what is dirty, for at most so many seconds; what is left and why."""
+        self._drained = await self.upkeep.drain(seconds, tell)
+        return self._drained
+
+
+class _Commands:
+    """What the control socket serves: the session's commands, and `umount`."""
+
+    def __init__(self, mount: Mount) -> None:
+        self._mount = mount
+
+    def run(self, command: str, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        if command != "umount":
+            return self._mount.session.run(command, args, progress)
+        seconds = float(args.get("timeout") or 0.0)
+        left = trio.from_thread.run(self._mount.drain, seconds, progress)
+        trio.from_thread.run_sync(self._mount.finish, 0.0)
+        return left
+
+
+def _detach(mountpoint: Path) -> None:
+    """Take the mount away; lazily when a process still sits in it, so that the answer comes in any case."""
+    for attempt in (["fusermount3", "-u"], ["fusermount3", "-u", "-z"]):
+        import subprocess
+
+        done = subprocess.run([*attempt, str(mountpoint)], capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return
+        log.info("%s: %s", " ".join(attempt), done.stderr.strip())
+
+
+def _read_ahead(mountpoint: Path) -> None:
+    """Let the kernel ask for 1 MiB at a time, where we may (root); libfuse has no option for it."""
+    for mount in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        fields = mount.split(" ")
+        if fields[4] == str(mountpoint):
+            target = Path(f"/sys/class/bdi/{fields[2]}/read_ahead_kb")
+    with suppress(OSError, UnboundLocalError):
+        target.write_text(str(_READ_AHEAD_KB))

@@ -1,0 +1,267 @@
+"""The FUSE handlers: translate pyfuse3's calls to `vfs.filesystem` and back, nothing else.
+
+Every handler has one shape and one error path (`handler`): an exception other than FUSEError would end the main loop.
+All of them run on the trio thread; what waits for a disk goes to a worker thread, what waits for a store to
+`Transfers`. Cancelled is never swallowed.
+"""
+
+import errno
+import functools
+import logging
+import os
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+
+import pyfuse3
+import trio
+
+from daemon.transfers import Transfers
+from vfs.errors import RunfsError
+from vfs.filesystem import Attributes, Caller, Change, FileSystem, Handle, Listing
+
+log = logging.getLogger(__name__)
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def handler(
+    method: Callable[Concatenate["Operations", P], Coroutine[Any, Any, R]],
+) -> Callable[Concatenate["Operations", P], Coroutine[Any, Any, R]]:
+    """Map every error to an errno, in one place; what nobody expected is logged and answered with EIO."""
+
+    @functools.wraps(method)
+    async def wrapped(self: "Operations", *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return await method(self, *args, **kwargs)
+        except pyfuse3.FUSEError:
+            raise
+        except RunfsError as error:
+            log.info("%s: %s", method.__name__, error)
+            raise pyfuse3.FUSEError(error.errno) from None
+        except OSError as error:
+            raise pyfuse3.FUSEError(error.errno or errno.EIO) from None
+        except KeyError:
+            raise pyfuse3.FUSEError(errno.ESTALE) from None  # an inode the kernel should have forgotten
+        except Exception:
+            log.exception("%s failed unexpectedly; please report this", method.__name__)
+            raise pyfuse3.FUSEError(errno.EIO) from None
+
+    return cast("Callable[Concatenate[Operations, P], Coroutine[Any, Any, R]]", wrapped)
+
+
+class Operations(pyfuse3.Operations):
+    """One mount's handlers. getxattr and its kin are left out: the kernel asks once and `ls -l` is ten times faster."""
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False
+    enable_acl = False
+
+    def __init__(self, files: FileSystem, transfers: Transfers) -> None:
+        super().__init__()
+        self._files = files
+        self._transfers = transfers
+        self._handles: dict[int, Handle] = {}
+        self._listings: dict[int, Listing] = {}
+        self._next = 1
+
+    # --- names and attributes ----------------------------------------------------------------------------------
+
+    @handler
+    async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        return entry(self._files.lookup(parent_inode, name))
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        for inode, count in inode_list:
+            self._files.forget(inode, count)
+
+    @handler
+    async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        return entry(self._files.getattr(inode))
+
+    @handler
+    async def setattr(
+        self,
+        inode: int,
+        attr: pyfuse3.EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        fh: int | None,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        change = Change(
+            mode=attr.st_mode if fields.update_mode else None,
+            uid=attr.st_uid if fields.update_uid else None,
+            gid=attr.st_gid if fields.update_gid else None,
+            size=attr.st_size if fields.update_size else None,
+            atime_ns=attr.st_atime_ns if fields.update_atime else None,
+            mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+        )
+        handle = self._handles.get(fh) if fh is not None else None
+        return entry(await self._transfers.retry(lambda: self._files.setattr(inode, change, handle)))
+
+    @handler
+    async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
+        return self._files.readlink(inode)
+
+    @handler
+    async def mkdir(
+        self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        return entry(self._files.mkdir(parent_inode, name, mode, caller(ctx)))
+
+    @handler
+    async def mknod(
+        self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        return entry(self._files.mknod(parent_inode, name, mode, rdev, caller(ctx)))
+
+    @handler
+    async def symlink(
+        self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        return entry(self._files.symlink(parent_inode, name, target, caller(ctx)))
+
+    @handler
+    async def link(
+        self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        return entry(self._files.link(inode, new_parent_inode, new_name))
+
+    @handler
+    async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        self._files.unlink(parent_inode, name)
+
+    @handler
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        self._files.rmdir(parent_inode, name)
+
+    @handler
+    async def rename(
+        self,
+        parent_inode_old: int,
+        name_old: bytes,
+        parent_inode_new: int,
+        name_new: bytes,
+        flags: int,
+        ctx: pyfuse3.RequestContext,
+    ) -> None:
+        self._files.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags)
+
+    @handler
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        found, answer = self._files.statfs(), pyfuse3.StatvfsData()
+        for field in ("f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail", "f_files", "f_ffree", "f_favail"):
+            setattr(answer, field, getattr(found, field))
+        answer.f_namemax = 255
+        return answer
+
+    # --- directories -------------------------------------------------------------------------------------------
+
+    @handler
+    async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
+        return self._add(self._listings, self._files.opendir(inode))
+
+    @handler
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        for name, attributes, position in self._files.readdir(self._listings[fh], start_id):
+            if not pyfuse3.readdir_reply(token, name, entry(attributes), position):
+                self._files.unseen(attributes.ino)
+                return
+            self._files.seen(attributes.ino)
+
+    @handler
+    async def releasedir(self, fh: int) -> None:
+        del self._listings[fh]
+
+    @handler
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        await trio.to_thread.run_sync(self._files.sync_directory_plan(self._listings[fh]))
+
+    # --- files -------------------------------------------------------------------------------------------------
+
+    def _add(self, table: dict[int, R], value: R) -> int:
+        number = self._next
+        self._next += 1
+        table[number] = value
+        return number
+
+    @handler
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        handle = await self._transfers.retry(lambda: self._files.open(inode, flags))
+        handle.pid = ctx.pid
+        return pyfuse3.FileInfo(fh=self._add(self._handles, handle), keep_cache=handle.keep_cache)
+
+    @handler
+    async def create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
+    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        who = caller(ctx)
+        handle, attributes = await self._transfers.retry(
+            lambda: self._files.create(parent_inode, name, mode, flags, who)
+        )
+        handle.pid = ctx.pid
+        return pyfuse3.FileInfo(fh=self._add(self._handles, handle)), entry(attributes)
+
+    @handler
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        handle = self._handles[fh]
+        await self._transfers.have(handle, off, size)
+        return await self._transfers.pread(handle, off, size)
+
+    @handler
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        handle = self._handles[fh]
+        return await self._transfers.retry(lambda: self._files.write(handle, off, buf), handle)
+
+    @handler
+    async def flush(self, fh: int) -> None:
+        handle = self._handles[fh]
+        await self._sync(handle)
+        await self._transfers.closed(handle)
+
+    @handler
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        await self._sync(self._handles[fh], data_only=datasync)
+
+    async def _sync(self, handle: Handle, *, data_only: bool = False) -> None:
+        plan = self._files.sync_plan(handle, data_only=data_only)
+        if plan is not None:
+            await trio.to_thread.run_sync(plan)
+
+    @handler
+    async def release(self, fh: int) -> None:
+        self._files.release(self._handles.pop(fh))
+
+
+def caller(ctx: pyfuse3.RequestContext) -> Caller:
+    """Who asks."""
+    return Caller(ctx.uid, ctx.gid, ctx.pid)
+
+
+def entry(attributes: Attributes) -> pyfuse3.EntryAttributes:
+    """Attributes in pyfuse3's form."""
+    out = pyfuse3.EntryAttributes()
+    out.st_ino = attributes.ino
+    out.st_mode = attributes.mode
+    out.st_nlink = attributes.nlink
+    out.st_uid = attributes.uid
+    out.st_gid = attributes.gid
+    out.st_rdev = attributes.rdev
+    out.st_size = attributes.size
+    out.st_blksize = 1 << 20
+    out.st_blocks = attributes.blocks
+    out.st_atime_ns = attributes.atime_ns
+    out.st_mtime_ns = attributes.mtime_ns
+    out.st_ctime_ns = attributes.ctime_ns
+    out.entry_timeout = attributes.entry_timeout
+    out.attr_timeout = attributes.attr_timeout
+    return out
+
+
+def close_all(operations: Operations, files: FileSystem) -> None:
+    """Release what is still open when the mount ends."""
+    for handle in list(operations._handles.values()):
+        try:
+            files.release(handle)
+        except OSError as error:
+            log.warning("a handle could not be closed: %s", os.strerror(error.errno or errno.EIO))
+    operations._handles.clear()

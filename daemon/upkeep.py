@@ -1,0 +1,329 @@
+"""What the daemon does by itself: push what is dirty, notice what others changed, keep space free.
+
+Trio tasks that decide when, and call `vfs` in worker threads. Nothing here may end the mount: an error is logged, and
+the next round tries again.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pyfuse3
+import trio
+
+from vfs import actions, policy
+from vfs.errors import RunfsError
+from vfs.filesystem import FileSystem
+from vfs.scan import differs
+from vfs.session import Session
+from vfs.tree import FileNode, Inode, Link
+from vfs.units import Unit
+from vfs.watch import Kind, Watcher
+
+log = logging.getLogger(__name__)
+_POLL_S = 0.25  # other processes' changes are seen within a second
+_PUSHES = 2  # units pushed at a time; each pushes its files in parallel
+_RETRY_FIRST_S = 2.0
+_RETRY_MOST_S = 300.0
+_SPACE_S = 10.0
+_LOOK_BATCH = 200
+_WATCHED_MOST = 2000  # records watched by inotify at a time: live and recently used ones
+
+
+class _Quiet:
+    """Progress nobody follows."""
+
+    cancelled = False
+
+    def __call__(self, event: dict[str, Any], /) -> None:
+        return None
+
+
+class Upkeep:
+    """The tasks of one mount that nobody asked for."""
+
+    def __init__(self, session: Session, files: FileSystem) -> None:
+        self._session = session
+        self._core = session.core
+        self._files = files
+        self._token = trio.lowlevel.current_trio_token()
+        self._limit = trio.CapacityLimiter(_PUSHES)
+        self._busy: set[str] = set()
+        self._retry: dict[str, tuple[float, float]] = {}
+        self._draining = False
+        self._marks: dict[str, int] = {}
+        self._watcher = Watcher(self._changed_outside, limit=None)
+        self._core.units.moved.append(self._moved)
+        self._core.content_changed.append(self._moved)
+        self._files.watched = lambda unit: self._watcher.watching(unit.uuid)
+
+    def start(self, nursery: trio.Nursery) -> None:
+        nursery.start_soon(self._push_loop, nursery)
+        nursery.start_soon(self._index_loop)
+        nursery.start_soon(self._look_loop)
+        nursery.start_soon(self._space_loop)
+        nursery.start_soon(self._use_loop)
+
+    def close(self) -> None:
+        self._watcher.close()
+        self._save_use()
+
+    # --- what moved or changed: tell the kernel ----------------------------------------------------------------
+
+    def _moved(self, unit: Unit) -> None:
+        """The files of a unit moved, or their bytes went (any thread): the kernel asks anew what it kept of them."""
+        self._token.run_sync_soon(self._invalidate, unit, None)
+
+    def _changed_outside(self, uuid: str, path: bytes, kind: Kind) -> None:
+        """A watched working directory changed (watcher's thread)."""
+        self._token.run_sync_soon(self._noticed, uuid, path)
+
+    def _noticed(self, uuid: str, path: bytes) -> None:
+        unit = next((unit for unit in self._core.units.live() if unit.uuid == uuid), None)
+        if unit is None or unit.evicted:
+            return
+        self.mark(unit, "changed in its directory")
+        self._invalidate(unit, path)
+
+    def mark(self, unit: Unit, why: str) -> None:
+        """A unit changed behind our back."""
+        try:
+            self._core.units.mark_dirty(unit, why)
+        except RunfsError as error:
+            log.error("%s", error)
+
+    def _invalidate(self, unit: Unit, path: bytes | None) -> None:
+        for node in self._files.tree.of_unit(unit):
+            if path is not None and not self._touches(node, path):
+                continue
+            pyfuse3_later(node.ino)
+            for name in node.children:
+                forget_name(node.ino, name)
+
+    @staticmethod
+    def _touches(node: FileNode, path: bytes) -> bool:
+        try:
+            own = node.path
+        except FileNotFoundError:
+            return False
+        return own == path or own == path.rpartition(b"/")[0] or path == b"" or own.startswith(path + b"/")
+
+    # --- push --------------------------------------------------------------------------------------------------
+
+    async def _push_loop(self, nursery: trio.Nursery) -> None:
+        while True:
+            if self._session.settings.push.auto and self._core.homes and not self._draining:
+                for unit in self._due():
+                    self._busy.add(unit.uuid)
+                    nursery.start_soon(self._push, unit)
+            await trio.sleep(_POLL_S)
+
+    def _due(self) -> list[Unit]:
+        """Dirty units that are quiet, or have been dirty for long enough; not those whose last try just failed."""
+        now, settings = time.monotonic(), self._session.settings.push
+        due = []
+        for unit in self._core.units.dirty():
+            if unit.uuid in self._busy or self._retry.get(unit.uuid, (0.0, 0.0))[0] > now:
+                continue
+            quiet = now - unit.changed_at >= settings.quiet_s and not unit.writers
+            if quiet or now - unit.first_change >= settings.every_s:
+                due.append(unit)
+        return due[: 4 * _PUSHES]
+
+    async def _push(self, unit: Unit) -> None:
+        try:
+            await trio.to_thread.run_sync(self._push_now, unit, limiter=self._limit)
+        finally:
+            self._busy.discard(unit.uuid)
+
+    def _push_now(self, unit: Unit) -> None:
+        try:
+            outcome = self._session.pusher.push(unit)
+            error = outcome.failed[0][1] if outcome.failed else None
+        except (RunfsError, OSError) as problem:
+            error = problem if isinstance(problem, RunfsError) else RunfsError(f"{unit.uuid}: {problem}")
+        except Exception:
+            log.exception("pushing %s failed unexpectedly; please report this", unit.uuid)
+            error = RunfsError("an unexpected error; see the log")
+        if error is None:
+            self._retry.pop(unit.uuid, None)
+            unit.first_change = time.monotonic() if unit.dirty else 0.0
+            return
+        delay = min(self._retry.get(unit.uuid, (0.0, _RETRY_FIRST_S / 2))[1] * 2, _RETRY_MOST_S)
+        self._retry[unit.uuid] = (time.monotonic() + delay, delay)
+        log.warning("%s is not pushed, again in %.0f s: %s", unit.uuid, delay, error)
+        try:
+            self._core.journal.postpone(unit.uuid, str(error), delay)
+        except RunfsError as problem:
+            log.error("%s", problem)
+
+    async def drain(self, seconds: float, tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        """Push everything dirty, for at most so many seconds. What is left stays in the journal."""
+        self._draining = True
+        failed: list[dict[str, Any]] = []
+        with trio.move_on_after(seconds):
+            if self._core.homes:
+                async with trio.open_nursery() as nursery:
+                    for unit in self._core.units.dirty():
+                        nursery.start_soon(self._drain_one, unit, failed, tell)
+        left = self._core.units.dirty()
+        sizes = self._core.journal.sizes() if left else {}
+        size = sum(sizes.get(unit.uuid, (0, 0))[1] for unit in left)
+        errors = {row.uuid: row.error for row in self._core.journal.dirty()}
+        told = {each["uuid"] for each in failed}
+        failed += [
+            {"uuid": u.uuid, "reason": errors[u.uuid]} for u in left if errors.get(u.uuid) and u.uuid not in told
+        ]
+        pending = {"records": len(left), "files": 0, "bytes": size}
+        return {"pending": pending, "failed": failed, "exit": int(bool(left))}
+
+    async def _drain_one(
+        self, unit: Unit, failed: list[dict[str, Any]], tell: Callable[[dict[str, Any]], None]
+    ) -> None:
+        def push() -> None:
+            try:
+                outcome = self._session.pusher.push(unit)
+                failed.extend({"uuid": unit.uuid, "reason": str(error)} for _name, error in outcome.failed)
+            except (RunfsError, OSError) as error:
+                failed.append({"uuid": unit.uuid, "reason": str(error)})
+            tell({"what": "push", "uuid": unit.uuid})
+
+        await trio.to_thread.run_sync(push, abandon_on_cancel=True, limiter=self._limit)
+
+    # --- the index ---------------------------------------------------------------------------------------------
+
+    async def _index_loop(self) -> None:
+        while True:
+            await trio.sleep(_POLL_S)
+            try:
+                change = await trio.to_thread.run_sync(self._core.index.changed)
+                if change is not None:
+                    await self._index_changed(change.rebuilt)
+            except RunfsError as error:
+                log.warning("the index cannot be read just now: %s", error)
+                await trio.sleep(1.0)
+
+    async def _index_changed(self, rebuilt: bool) -> None:
+        await trio.to_thread.run_sync(self._session.put_rows_back)
+        await self._recheck_names()
+        await trio.to_thread.run_sync(self._compare_marks)
+
+    async def _recheck_names(self) -> None:
+        """Names at the root that the kernel knows and the index now says otherwise of."""
+        for count, (name, node) in enumerate(list(self._files.tree.root.children.items())):
+            if isinstance(node, (FileNode, Link)) and not self._files.tree.still(node, name):
+                forget_name(self._files.tree.root.ino, name)
+            if count % 500 == 499:
+                await trio.lowlevel.checkpoint()
+
+    def _compare_marks(self) -> None:
+        """Find records whose row changed: machinable bumps `updated_at` with each official change."""
+        for uuid, mark in self._all_marks():
+            if self._marks.get(uuid) != mark:
+                self._marks[uuid] = mark
+                self._token.run_sync_soon(self._row_changed, uuid)
+
+    def _all_marks(self) -> list[tuple[str, int]]:
+        found: list[tuple[str, int]] = []
+        after = ""
+        while page := self._core.index.marks(after, 10_000):
+            found += page
+            after = page[-1][0]
+        return found
+
+    def _row_changed(self, uuid: str) -> None:
+        try:
+            unit, _path = self._core.units.place(uuid)
+        except RunfsError:
+            return
+        self.mark(unit, "its row in the index changed")
+        self._watch(unit)
+
+    def _watch(self, unit: Unit) -> None:
+        if not unit.evicted:
+            try:
+                self._watcher.watch(unit.uuid, unit.directory)
+            except OSError as error:
+                log.debug("%s is not watched: %s", unit.uuid, error)
+
+    # --- the look over everything ------------------------------------------------------------------------------
+
+    async def _look_loop(self) -> None:
+        """At start: what changed while nobody watched. A record that was never pushed counts as changed."""
+        await trio.to_thread.run_sync(self._look, abandon_on_cancel=True)
+
+    def _look(self) -> None:
+        self._marks = dict(self._all_marks())
+        if not self._core.homes:
+            return
+        marks: list[Unit] = []
+        for record in policy.roots(self._core):
+            if self._session.stopping.is_set():
+                return
+            try:
+                unit = self._core.units.get(record.uuid)
+                if not unit.dirty and self._changed(unit):
+                    marks.append(unit)
+            except (RunfsError, OSError) as error:
+                log.debug("%s is left out: %s", record.uuid, error)
+            if len(marks) >= _LOOK_BATCH:
+                self._mark_all(marks)
+        self._mark_all(marks)
+
+    def _changed(self, unit: Unit) -> bool:
+        if len(self._core.journal.homes(unit.uuid)) < len(self._core.homes):
+            return True
+        return bool(differs(unit.base, self._core.journal.known(unit.uuid)))
+
+    def _mark_all(self, units: list[Unit]) -> None:
+        for unit in units:
+            self.mark(unit, "found changed at start")
+        units.clear()
+
+    # --- space and use -----------------------------------------------------------------------------------------
+
+    async def _space_loop(self) -> None:
+        while True:
+            await trio.sleep(_SPACE_S)
+            wanted = policy.wanted_free(self._core)
+            if wanted is not None and self._core.homes:
+                await trio.to_thread.run_sync(self._make_room, wanted, abandon_on_cancel=True)
+
+    def _make_room(self, wanted: int) -> None:
+        try:
+            rules = policy.Rules(until_free=wanted)
+            candidates = policy.plan(self._core, self._session.evictor, rules)
+            done = actions.evict_candidates(self._session, candidates, rules, _Quiet())
+        except (RunfsError, OSError) as error:
+            log.warning("no room could be made: %s", error)
+            return
+        if done["evicted"]:
+            log.info("the disk was nearly full: evicted %d records, %d bytes", len(done["evicted"]), done["bytes"])
+
+    async def _use_loop(self) -> None:
+        while True:
+            await trio.sleep(60.0)
+            await trio.to_thread.run_sync(self._save_use)
+
+    def _save_use(self) -> None:
+        used = {unit.uuid: unit.used_ns for unit in self._core.units.live() if unit.used_ns}
+        if used:
+            self._core.journal.set_used(used)
+
+
+def pyfuse3_later(ino: Inode) -> None:
+    """Have the kernel forget attributes and pages of an inode, from a thread: it may wait for a handler of ours."""
+    trio.lowlevel.spawn_system_task(_invalidate_inode, ino)
+
+
+async def _invalidate_inode(ino: Inode) -> None:
+    try:
+        await trio.to_thread.run_sync(pyfuse3.invalidate_inode, ino, True)
+    except OSError:
+        return  # the kernel does not know it any more
+
+
+def forget_name(parent: Inode, name: bytes) -> None:
+    """Have the kernel look a name up again."""
+    pyfuse3.invalidate_entry_async(parent, name, ignore_enoent=True)

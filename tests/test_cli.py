@@ -1,0 +1,766 @@
+"""The command line as people and scripts use it: text, JSON, exit codes, and where a command finds its daemon."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from daemon import cli, complete, launch, mounts, notify, render, systemd, unmount
+from daemon.quantities import ago, clock, count, duration, plain, rate, size
+from daemon.terminal import Reporter
+from tests.fake_session import FakeSession, fake_daemon
+from vfs.errors import MountpointError, RunfsError
+from vfs.settings import Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every command of a test works in a directory of its own, with no configuration and no mount."""
+    for name in [name for name in os.environ if name.startswith(("RUNFS_", "MACHINABLE_", "XDG_"))]:
+        monkeypatch.delenv(name)
+    for name in ("STATE", "CACHE", "RUNTIME"):
+        monkeypatch.setenv(f"RUNFS_{name}_DIR", str(tmp_path / name.lower()))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    return tmp_path
+
+
+@pytest.fixture
+def session(place: Path) -> Iterator[FakeSession]:
+    """The only daemon there is; it serves the project of the current directory."""
+    index = place / "work" / ".machinable.sqlite"
+    index.touch()
+    with fake_daemon(place / "runtime", place / "mnt", index) as daemon:
+        yield daemon.session
+
+
+class Ran:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def json(self) -> dict[str, Any]:
+        parsed: dict[str, Any] = json.loads(self.out)
+        return parsed
+
+
+class Shell:
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+
+    def __call__(self, *arguments: str) -> Ran:
+        code = cli.main(arguments)
+        captured = self._capsys.readouterr()
+        return Ran(code, captured.out, captured.err)
+
+
+@pytest.fixture
+def runfs(capsys: pytest.CaptureFixture[str]) -> Shell:
+    return Shell(capsys)
+
+
+class TestAnswers:
+    def test_text_and_exit_code(self, runfs: Shell, session: FakeSession) -> None:
+        ran = runfs("safe")
+        assert ran.code == 1
+        assert ran.out.splitlines() == [
+            "not yet: 5 files (1.2 GB) are only on this disk; lab takes them at 118 MB/s, about 11 s",
+            "qcmIdGsGCpwS: log.txt is dirty, 1.2 GB",
+        ]
+        assert ran.err == ""
+
+    def test_json(self, runfs: Shell, session: FakeSession) -> None:
+        ran = runfs("status", "--json")
+        assert (ran.code, ran.json["records"], ran.out.count("\n")) == (0, 1284, 1)
+
+    def test_an_error_is_one_line_and_json(self, runfs: Shell, session: FakeSession) -> None:
+        ran = runfs("evict", "qcmIdGsGCpwS", "--json")
+        assert ran.code == 1
+        assert ran.err == "runfs: qcmIdGsGCpwS is live; wait until it has finished\n"
+        assert ran.json == {
+            "error": {"type": "Refused", "message": "qcmIdGsGCpwS is live; wait until it has finished", "exit": 1}
+        }
+
+    def test_a_listing_in_pages(self, runfs: Shell, session: FakeSession) -> None:
+        ran = runfs("ls", "--json")
+        assert [record["uuid"] for record in ran.json["records"]] == ["a" * 12, "b" * 12]
+        text = runfs("ls", "--where", "kind=Execution").out
+        assert "a" * 12 in text
+        assert "b" * 12 in text
+        assert "2.1 GB" in text
+        assert "\x1b" not in text  # a label must not move the cursor
+        assert session.calls[-1][1]["where"] == "kind=Execution"
+
+    def test_arguments_as_the_session_gets_them(self, runfs: Shell, session: FakeSession) -> None:
+        runfs("evict", "--where", "age>30d", "--older-than", "12h", "--until-free", "1.5GiB", "--dry-run")
+        assert session.calls[-1] == (
+            "evict",
+            {
+                "uuids": [],
+                "all": False,
+                "where": "age>30d",
+                "older_than": 43200.0,
+                "until_free": 1_610_612_736,
+                "dry_run": True,
+            },
+        )
+        runfs("push", "a", "b")
+        assert session.calls[-1] == ("push", {"uuids": ["a", "b"], "dry_run": False})
+
+    def test_paths_and_uuids_for_status(self, runfs: Shell, session: FakeSession, place: Path) -> None:
+        runfs("status", "qcmIdGsGCpwS", "dir/file", "/abs")
+        assert session.calls[-1][1] == {"paths": ["qcmIdGsGCpwS", str(place / "work" / "dir" / "file"), "/abs"]}
+
+    def test_uuids_from_stdin(self, place: Path, session: FakeSession) -> None:
+        done = in_process("pin", "-", "--json", input_text="a\n\nb\n")
+        assert json.loads(done.stdout)["changed"] == ["a", "b"]
+
+
+class TestUsage:
+    @pytest.mark.parametrize(
+        ("arguments", "says"),
+        [
+            (("evct",), "Did you mean 'evict'?"),
+            (("evict",), "--where, --older-than, --until-free or --all"),
+            (("evict", "a", "--all"), "not both"),
+            (("evict", "--older-than", "30"), "--older-than: '30' is not an age"),
+            (("evict", "--until-free", "much"), "--until-free: 'much' is not a size"),
+            (("evict", "--where", "lable=x"), "did you mean label"),
+            (("ls", "--where", "kind"), "kind=Execution"),
+            (("pin",), "at least one uuid"),
+            (("hydrate",), "at least one uuid"),
+            (("push", "--stroe", "x"), "--store"),
+            (("mount",), "mountpoint"),
+            (("umount", "/x", "--timeout", "-1"), "--timeout"),
+            (("umount", "/x", "--timeout", "nan"), "--timeout"),
+            (("mount", "/x", "-o", "alow_other"), "allow_other"),
+            (("config", "shw"), "show"),
+            (("status", "--config", "/nonexistent.toml", "--index", "x"), "no such configuration file"),
+            (("safe",), "no index here"),
+        ],
+    )
+    def test_wrong_usage(self, runfs: Shell, arguments: tuple[str, ...], says: str) -> None:
+        ran = runfs(*arguments)
+        assert ran.code == 2
+        assert says in ran.err
+        assert ran.err.startswith("runfs: ")
+        assert ran.err.count("\n") == 1
+        assert runfs(*arguments, "--json").json["error"]["exit"] == 2
+
+    def test_help_names_every_command(self, runfs: Shell) -> None:
+        text = runfs("--help").out
+        commands = (
+            "mount umount status ls evict hydrate pin unpin push safe verify reindex import stores receipts doctor"
+        )
+        for command in [*commands.split(), "config", "systemd"]:
+            assert f" {command} " in text
+            ran = runfs(command, "--help")
+            assert ran.code == 0
+            if command not in ("config", "systemd"):
+                assert "--json" in ran.out
+
+    def test_what_was_not_expected_is_one_line_and_a_kept_trace(
+        self, runfs: Shell, place: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def broken(*_: object, **__: object) -> None:
+            raise LookupError("odd")
+
+        monkeypatch.setattr(cli, "perform", broken)
+        ran = runfs("doctor")
+        assert ran.code == 1
+        assert ran.err.startswith("runfs: unexpected LookupError: odd. The traceback is in ")
+        (trace,) = (place / "state").glob("trace-*.txt")
+        assert "LookupError: odd" in trace.read_text()
+        monkeypatch.setenv("RUNFS_DEBUG", "1")
+        with pytest.raises(LookupError):
+            cli.main(["doctor"])
+
+
+class TestTarget:
+    """Whom a command asks."""
+
+    def test_by_mountpoint(self, runfs: Shell, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        with (
+            fake_daemon(place / "runtime", place / "one", place / "i1") as one,
+            fake_daemon(place / "runtime", place / "two", place / "i2") as two,
+        ):
+            assert runfs("pin", "a", "--mount", str(place / "one")).code == 0
+            assert (len(one.session.calls), len(two.session.calls)) == (1, 0)
+            monkeypatch.setenv("RUNFS_MOUNT", str(place / "two"))
+            assert runfs("pin", "a").code == 0
+            assert (len(one.session.calls), len(two.session.calls)) == (1, 1)
+            assert runfs("pin", "a", "--mount", str(place / "one")).code == 0
+            assert len(one.session.calls) == 2
+
+    def test_by_project_and_else_it_must_be_clear(self, runfs: Shell, place: Path) -> None:
+        (place / "work" / "deep").mkdir()
+        (place / "work" / ".machinable.sqlite").touch()
+        os.chdir(place / "work" / "deep")
+        with (
+            fake_daemon(place / "runtime", place / "one", place / "work" / ".machinable.sqlite") as one,
+            fake_daemon(place / "runtime", place / "two", place / "i2") as two,
+        ):
+            assert runfs("pin", "a").code == 0
+            assert (len(one.session.calls), len(two.session.calls)) == (1, 0)
+            assert runfs("pin", "a", "--index", str(place / "i2")).code == 0
+            assert (len(one.session.calls), len(two.session.calls)) == (1, 1)
+            os.chdir(place)
+            ran = runfs("pin", "a")
+            assert ran.code == 2
+            assert f"{place / 'one'}" in ran.err
+            assert f"{place / 'two'}" in ran.err
+            assert "--mount" in ran.err
+
+    def test_the_only_mount(self, runfs: Shell, place: Path) -> None:
+        os.chdir(place)
+        with fake_daemon(place / "runtime", place / "one", place / "i1") as one:
+            assert runfs("pin", "a").code == 0
+            assert len(one.session.calls) == 1
+
+    def test_a_mount_that_is_not_there(self, runfs: Shell, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        ran = runfs("status", "--mount", str(place / "none"))
+        assert ran.code == 2
+        assert "nothing mounted at" in ran.err
+        monkeypatch.setenv("RUNFS_MOUNT", str(place / "none"))
+        assert "unset it" in runfs("status").err
+        with fake_daemon(place / "runtime", place / "one", place / "i1"):
+            assert str(place / "one") in runfs("status").err
+
+    def test_a_mount_has_its_own_stores(self, runfs: Shell, session: FakeSession) -> None:
+        ran = runfs("push", "--store", "memory://x")
+        assert ran.code == 2
+        assert "leave out --store" in ran.err
+
+    def test_a_dead_daemons_announcement_is_passed_over(self, runfs: Shell, place: Path) -> None:
+        os.chdir(place)
+        with mounts.announced(place / "runtime", place / "dead", place / "i"):
+            ran = runfs("status")
+        assert ran.code == 2
+        assert "no index here" in ran.err
+
+
+def in_process(*arguments: str, input_text: str = "", code: str = "") -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own."""
+    program = ["-m", "daemon.cli"] if not code else ["-c", code]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-W", "error", *program, *arguments],
+        input=input_text,
+        capture_output=True,
+        text=True,
+        env=environ,
+        check=False,
+        timeout=60,
+    )
+
+
+class TestProcess:
+    def test_a_command_that_a_daemon_answers_loads_nothing_heavy(self, session: FakeSession) -> None:
+        heavy = ("pyfuse3", "opendal", "trio", "apsw", "rich", "asyncio", "vfs.session")
+        code = "import sys; from daemon.cli import main; code = main(sys.argv[1:]); "
+        code += f"print([name for name in {heavy!r} if name in sys.modules], file=sys.stderr); sys.exit(code)"
+        done = in_process("status", code=code)
+        assert done.stdout.startswith("resident  961 records  388.0 GB")
+        assert done.stderr == "[]\n"
+
+    def test_a_reader_that_stops_early(self, session: FakeSession) -> None:
+        command = f"{sys.executable} -m daemon.cli status --json | true"
+        environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environ, check=False)
+        assert done.stderr == ""
+
+    def test_names_that_are_no_text_can_be_printed(self, place: Path) -> None:
+        done = in_process("status", "--mount", os.fsdecode(b"/x\xff"))
+        assert done.returncode == 2
+        assert "nothing mounted" in done.stderr
+
+    def test_version_and_module(self) -> None:
+        assert in_process("--help").returncode == 0
+
+
+class TestCompletion:
+    def complete(self, words: str) -> list[str]:
+        environ = {
+            "_RUNFS_COMPLETE": "complete_bash",
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(len(words.split(" ")) - 1),
+        }
+        os.environ.update(environ)
+        try:
+            return in_process(code="import sys; from daemon.cli import main; sys.exit(main([]))").stdout.split()
+        finally:
+            for name in environ:
+                del os.environ[name]
+
+    def test_commands(self) -> None:
+        assert self.complete("runfs ev") == ["evict"]
+
+    def test_uuids_from_the_index(self, place: Path) -> None:
+        make_rows(place / "work" / ".machinable.sqlite", ("abc1", "abc2", "b1"))
+        assert self.complete("runfs status abc") == ["abc1", "abc2"]
+        assert self.complete("runfs evict abc1") == ["abc1"]
+
+    def test_mountpoints(self, place: Path) -> None:
+        with mounts.announced(place / "runtime", place / "mnt", place / "i"):
+            assert self.complete("runfs umount /") == [str(place / "mnt")]
+            assert complete.mountpoints("/nowhere") == []
+
+    def test_trouble_offers_nothing(self, place: Path) -> None:
+        (place / "work" / ".machinable.sqlite").write_text("this is no database")
+        assert self.complete("runfs status a") == []
+
+
+def make_rows(index: Path, uuids: tuple[str, ...]) -> None:
+    from vfs.index import Index
+
+    Index.open(index, create=True).close()
+    import apsw
+
+    connection = apsw.Connection(str(index))
+    needed = [name for _, name, _, needed, default, _ in connection.execute('PRAGMA table_info("index")') if needed]
+    names = list(dict.fromkeys(["record_id", "kind", "storage_uri", *needed]))
+    marks = ", ".join("?" for _ in names)
+    for uuid in uuids:
+        known = {"record_id": uuid, "kind": "Execution", "storage_uri": f"file:///{uuid}"}
+        values = [known.get(name, 0) for name in names]
+        connection.execute(f'INSERT INTO "index" ({", ".join(names)}) VALUES ({marks})', values)
+    connection.close()
+
+
+class TestRendering:
+    """The sentences of the design."""
+
+    def test_status(self) -> None:
+        result = {
+            "mountpoint": "/mnt/runs",
+            "states": {
+                "resident": {"records": 961, "bytes": 388_000_000_000},
+                "evicted": {"records": 318, "bytes": 212_400_000_000, "cached_bytes": 300_000_000},
+                "dirty": {"records": 1, "files": 5, "bytes": 1_200_000_000},
+            },
+            "moving": [
+                {"what": "push", "uuid": "aV377i4WyOhs", "path": "model.bin", "store": "lab", "done": 41, "size": 100}
+                | {"rate": 118e6, "left_s": 5.2}
+            ],
+            "waiting": [
+                {"pid": 4630, "process": "python", "uuid": "zg2XYZOb0kBr", "path": "weights.npy"}
+                | {"done": 12_000_000, "size": 2_100_000_000}
+            ],
+            "stores": [{"name": "lab", "reachable": False, "error": "no route to host"}],
+            "warnings": ["the disk is 97 % full"],
+        }
+        assert render.lines("status", result, {}) == [
+            "resident  961 records  388.0 GB     evicted  318  212.4 GB (300 MB of it back in the cache)"
+            "     dirty  5 files  1.2 GB",
+            "pushing   model.bin of aV377i4WyOhs -> lab   41 %   118 MB/s   0:06 left",
+            "waiting   python[4630] reads weights.npy of zg2XYZOb0kBr   12 MB of 2.1 GB here",
+            "store     lab: not reachable: no route to host",
+            "warning   the disk is 97 % full",
+        ]
+
+    def test_mounted(self) -> None:
+        info = FakeSession().run_status({}, Reporter(shown=False))
+        assert render.mounted(info) == "/mnt/runs: 1,284 records, 5 evicted; lab: reachable, 41 ms"
+        assert "no store" in render.mounted({**info, "stores": []})
+
+    def test_evict(self) -> None:
+        stay = [("qcmIdGsGCpwS", "live"), ("Om2ibuekBk4f", "live"), ("a", "pinned"), ("b", "open in python[4121]")]
+        result = {
+            "evicted": [{"uuid": str(n), "bytes": 1, "files": 1} for n in range(318)],
+            "stay": [{"uuid": uuid, "reason": reason} for uuid, reason in stay],
+            "bytes": 212_400_000_000,
+            "proof": [{"store": "lab", "how": "checksum", "verified_at": time.time() - 7300}],
+            "dry_run": True,
+        }
+        assert render.lines("evict", result, {"dry_run": True}) == [
+            "318 records, 212.4 GB would be freed; every byte is in lab (checksums read 2 h ago)",
+            "4 records stay: 2 live (qcmIdGsGCpwS, Om2ibuekBk4f), 1 pinned (a), 1 open in python[4121] (b)",
+        ]
+
+    def test_a_refusal_has_the_next_step(self) -> None:
+        reason = "lab holds 41 of 42 files; log.txt changed 3 s ago and is being pushed"
+        stay = {"uuid": "q", "reason": reason, "advice": "Try again, or: runfs push q"}
+        result = {"evicted": [], "stay": [stay], "bytes": 0}
+        assert render.lines("evict", result, {"uuids": ["q"]}) == [
+            f"q: not evicted: {reason}. Try again, or: runfs push q"
+        ]
+
+    def test_safe(self) -> None:
+        assert render.lines("safe", {"safe": True, "records": 1284, "stores": ["lab"]}, {}) == [
+            "safe: every byte of 1,284 records is in lab"
+        ]
+        unsafe = {"safe": False, "files": 1, "bytes": 5, "stores": [], "unsafe": []}
+        assert render.lines("safe", unsafe, {})[0].startswith("not yet: 1 file (5 B) is only on this disk; no store is")
+
+    @pytest.mark.parametrize(
+        ("command", "result", "lines"),
+        [
+            ("push", {"pushed": [], "failed": []}, ["nothing to push: every byte is in its homes"]),
+            (
+                "push",
+                {
+                    "pushed": [{"uuid": "a", "bytes": 1500, "files": 2, "store": "lab"}],
+                    "failed": [{"uuid": "b", "store": "lab", "reason": "no"}],
+                },
+                ["1 record pushed to lab: 2 files, 1.5 kB", "b: not pushed to lab: no"],
+            ),
+            ("pin", {"changed": ["a"]}, ["pinned: a"]),
+            ("unpin", {"changed": []}, ["was not pinned"]),
+            (
+                "hydrate",
+                {"hydrated": [{"uuid": "a", "bytes": 10, "restored": True}], "failed": [], "bytes": 10},
+                ["1 record hydrated, 10 B; 1 back in its own directory"],
+            ),
+            (
+                "verify",
+                {
+                    "checked": 42,
+                    "bytes": 10**9,
+                    "bad": [{"uuid": "a", "path": "w", "store": "lab", "reason": "wrong bytes"}],
+                },
+                ["42 files checked, 1.0 GB: 1 is wrong or missing", "a: w in lab: wrong bytes"],
+            ),
+            (
+                "reindex",
+                {"ingested": 3, "restored_rows": 1, "damaged": [{"path": "/d", "reason": "no id.json"}]},
+                ["3 records indexed, 1 row put back; 1 directory is damaged:", "/d: no id.json"],
+            ),
+            ("import", {"imported": ["a"], "failed": []}, ["1 record imported"]),
+            ("receipts", {"receipts": []}, ["no receipts"]),
+            ("doctor", {"checks": [{"name": "n", "ok": False, "message": "m", "advice": "a"}]}, ["wrong   n: m. a"]),
+            (
+                "umount",
+                {"mountpoint": "/m", "how": "drained", "pending": {"records": 1, "files": 0, "bytes": 5}},
+                ["/m: unmounted; 1 record (5 B) not yet in the homes: kept here, and the next mount goes on with them"],
+            ),
+            ("umount", {"mountpoint": "/m", "how": "drained"}, ["/m: unmounted; nothing is left to push"]),
+        ],
+    )
+    def test_sentences(self, command: str, result: dict[str, Any], lines: list[str]) -> None:
+        assert render.lines(command, result, {}) == lines
+
+    def test_paths(self) -> None:
+        path = {"path": "/m/a/w.npy", "uuid": "a", "state": "evicted", "size": 2_100_000_000, "local_bytes": 12_000_000}
+        path |= {"replicas": [{"store": "lab", "how": "read", "verified_at": time.time() - 60}], "pinned": True}
+        path |= {"stays": ["pinned"], "error": "lab gave wrong bytes\n"}
+        assert render.lines("status", {"paths": [path]}, {}) == [
+            "/m/a/w.npy  evicted, 2.1 GB (12 MB here), pinned, in lab (read back 60 s ago)",
+            "  stays   pinned",
+            "  error   lab gave wrong bytes\\n",
+        ]
+
+    def test_stores(self) -> None:
+        check = {
+            "reachable": True,
+            "readable": True,
+            "writable": False,
+            "latency_s": 0.041,
+            "problems": ["read only key"],
+        }
+        info = {"broker": "remote", "ranges": True, "conditional_write": False, "server_copy": True, "checksum": "md5"}
+        store = {"name": "lab", "url": "s3://lab", "check": check, "info": info, "warnings": []}
+        assert render.lines("stores", {"stores": [store]}, {}) == [
+            "lab  s3://lab  reachable, readable, not writable, 41 ms",
+            "  remote: ranges, copies on the server, md5 checksums",
+            "  several hosts must not write here at once",
+            "  warning  read only key",
+        ]
+
+    @pytest.mark.parametrize("command", ["status", "ls", "evict", "hydrate", "push", "pin", "unpin", "safe", "verify"])
+    def test_an_answer_of_another_version(self, command: str) -> None:
+        """Nothing that is missing may stop the rest from being said."""
+        assert all(isinstance(line, str) for line in render.lines(command, {"exit": 0}, {}))
+
+
+class TestQuantities:
+    @pytest.mark.parametrize(
+        ("number", "text"),
+        [
+            (0, "0 B"),
+            (999, "999 B"),
+            (1000, "1.0 kB"),
+            (1500, "1.5 kB"),
+            (12000000.0, "12 MB"),
+            (999499999, "999 MB"),
+            (999999999, "1.0 GB"),
+            (212400000000.0, "212.4 GB"),
+            (999960000000.0, "1.0 TB"),
+            (None, "?"),
+            (5e21, "5000.0 EB"),
+        ],
+    )
+    def test_sizes(self, number: float | None, text: str) -> None:
+        assert size(number) == text
+
+    def test_the_rest(self) -> None:
+        assert rate(118e6) == "118 MB/s"
+        assert rate(None) == ""
+        assert (count(1, "record"), count(1284, "record"), count(0, "entry", "entries")) == (
+            "1 record",
+            "1,284 records",
+            "0 entries",
+        )
+        assert (clock(5.2), clock(750), clock(3723), clock(None), clock(float("inf"))) == (
+            "0:06",
+            "12:30",
+            "1:02:03",
+            "",
+            "",
+        )
+        assert [duration(s) for s in (11, 240, 7300, 3 * 86400)] == ["11 s", "4 min", "2 h", "3 d"]
+        assert (ago(None), ago(100.0, now=100.2), ago(100.0, now=7300.0)) == ("", "just now", "2 h ago")
+        assert ago("1970-01-01T00:00:00+00:00", now=60.0) == "60 s ago"
+        assert ago(60 * 10**9 * 10**6, now=6e7 + 60) == "60 s ago"  # nanoseconds
+
+    def test_plain(self) -> None:
+        assert plain("a\x1b[31m\n\u202eb\udcff é 漢") == "a\\x1b[31m\\n\\u202eb\\xff é 漢"
+
+
+class TestLaunch:
+    """The background daemon, with a small program in its place."""
+
+    def settings(self, place: Path) -> Settings:
+        return Settings(
+            index=place / "index",
+            mountpoint=place / "mnt",
+            state_dir=place / "state",
+            cache_dir=place / "cache",
+            runtime_dir=place / "runtime",
+        )
+
+    def start(self, place: Path, body: str) -> dict[str, Any]:
+        script = place / "fake.py"
+        head = "import os, sys, time\nfd = int(sys.argv[sys.argv.index('--ready-fd') + 1])\n"
+        script.write_text(head + body)
+        return launch.start(self.settings(place), ["mount", "x"], [sys.executable, str(script)])
+
+    def test_it_returns_when_the_mount_answers(self, place: Path) -> None:
+        ready_line = 'b\'{"ready": {"pid": %d, "session": %d}}\\n\' % (os.getpid(), os.getsid(0))'
+        body = f"time.sleep(0.3); os.write(fd, {ready_line})\n"
+        body += "time.sleep(1)\nopen('" + str(place / "lived") + "', 'w').close()"
+        started = time.monotonic()
+        ready = self.start(place, body)
+        assert 0.3 <= time.monotonic() - started < 1.2
+        assert ready["session"] == ready["pid"] != os.getsid(0)
+        wait_for(lambda: (place / "lived").exists())
+        os.waitpid(ready["pid"], 0)
+
+    def test_its_error_is_ours(self, place: Path) -> None:
+        error = '{"error": {"type": "MountpointError", "message": "it is busy", "exit": 2}}'
+        with pytest.raises(MountpointError, match="it is busy"):
+            self.start(place, f"os.write(fd, b'{error}\\n'); sys.exit(2)")
+
+    def test_one_that_dies_leaves_the_end_of_its_log(self, place: Path) -> None:
+        with pytest.raises(RunfsError, match=r"exit 3.*daemon\.log.*the disk is on fire") as caught:
+            self.start(place, "print('the disk is on fire', file=sys.stderr); sys.exit(3)")
+        assert caught.value.exit_code == 1
+
+    def test_the_mountpoint(self, place: Path) -> None:
+        settings = self.settings(place)
+        (place / "mnt").mkdir()
+        assert launch.check_mountpoint(settings) == []
+        (place / "mnt" / "file").touch()
+        cases = {place / "mnt": "not empty", place / "none": "mkdir -p", place / "mnt" / "file": "not a directory"}
+        cases |= {Path("/proc"): "proc is mounted there"}
+        for path, says in cases.items():
+            with pytest.raises(MountpointError, match=says):
+                launch.check_mountpoint(settings.model_copy(update={"mountpoint": path}))
+
+    def test_a_mountpoint_that_would_hide_the_index(self, place: Path) -> None:
+        (place / "empty").mkdir()
+        settings = self.settings(place).model_copy(
+            update={"mountpoint": place / "empty", "index": place / "empty" / "i"}
+        )
+        with pytest.raises(MountpointError, match="holds the index"):
+            launch.check_mountpoint(settings)
+
+    def test_dry_run(self, runfs: Shell, place: Path) -> None:
+        (place / "work" / ".machinable.sqlite").touch()
+        (place / "mnt").mkdir()
+        ran = runfs("mount", str(place / "mnt"), "--store", "memory://a", "-o", "cache.high=50%", "--dry-run", "--json")
+        assert ran.code == 0
+        assert ran.json["settings"]["cache"]["high"] == "50%"
+        assert ran.json["settings"]["mountpoint"] == str(place / "mnt")
+        assert "would serve" in runfs("mount", str(place / "mnt"), "--dry-run").out
+
+
+def wait_for(condition: Any, limit_s: float = 10.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+class TestUmount:
+    def test_nothing_there(self, runfs: Shell, place: Path) -> None:
+        ran = runfs("umount", str(place / "mnt"))
+        assert (ran.code, ran.err) == (2, f"runfs: runfs has nothing mounted at {place / 'mnt'}\n")
+
+    def test_somebody_elses(self, runfs: Shell) -> None:
+        ran = runfs("umount", "/proc")
+        assert ran.code == 2
+        assert "not runfs; use umount /proc" in ran.err
+
+    def test_a_dry_run_says_what_is_pending(self, runfs: Shell, session: FakeSession, place: Path) -> None:
+        ran = runfs("umount", str(place / "mnt"), "--dry-run")
+        assert ran.code == 1
+        assert ran.out.startswith("not yet: 5 files (1.2 GB)")
+
+    def test_what_could_not_be_pushed_is_said(self, runfs: Shell, place: Path) -> None:
+        class Ending(FakeSession):
+            """Ends its daemon with the answer, as the real one does."""
+
+            def run_umount(self, args: dict[str, Any], progress: Any) -> dict[str, Any]:
+                assert args == {"timeout": 3.0}
+                answer = super().run_umount(args, progress)
+                daemon.stop_soon()
+                return answer
+
+        with fake_daemon(place / "runtime", place / "mnt", place / "i", Ending()) as daemon:
+            ran = runfs("umount", str(place / "mnt"), "--timeout", "3")
+        assert ran.code == 1
+        assert "5 files (1.2 GB) not yet in the homes" in ran.out
+
+    @pytest.mark.mounted
+    def test_a_dead_mount_is_taken_away(self, runfs: Shell, dead_mount: Path) -> None:
+        assert "its daemon is gone" in runfs("status", "--mount", str(dead_mount)).err
+        ran = runfs("umount", str(dead_mount), "--json")
+        assert (ran.code, ran.json["how"]) == (0, "stale")
+        assert mounts.mounted_at(dead_mount) is None
+
+    @pytest.mark.mounted
+    def test_a_new_mount_takes_a_dead_one_away(self, place: Path, dead_mount: Path) -> None:
+        (note,) = launch.check_mountpoint(TestLaunch().settings(place))
+        assert "cleaned up" in note
+        assert mounts.mounted_at(dead_mount) is None
+        assert launch.check_mountpoint(TestLaunch().settings(place)) == []
+
+    @pytest.mark.mounted
+    def test_a_dead_mount_with_an_announced_live_process_is_left_alone(self, place: Path, dead_mount: Path) -> None:
+        with (
+            mounts.announced(place / "runtime", dead_mount, place / "i"),
+            pytest.raises(MountpointError, match="does not answer"),
+        ):
+            launch.check_mountpoint(TestLaunch().settings(place))
+
+    def test_it_waits_until_the_daemon_has_gone(self, place: Path) -> None:
+        with fake_daemon(place / "runtime", place / "mnt", place / "i") as daemon:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(unmount, "GONE_S", 0.1)
+                with pytest.raises(MountpointError, match="still mounted"):
+                    unmount.unmount(place / "runtime", place / "mnt", 1.0, Reporter(shown=False))
+            assert daemon.session.calls == [("umount", {"timeout": 1.0})]
+
+
+@pytest.fixture
+def dead_mount(place: Path) -> Iterator[Path]:
+    """What a daemon leaves that was killed."""
+    mountpoint = place / "mnt"
+    mountpoint.mkdir()
+    code = (
+        "import os, sys, pyfuse3; pyfuse3.init(pyfuse3.Operations(), sys.argv[1], {'fsname=runfs', 'subtype=runfs'}); "
+    )
+    code += "os.kill(os.getpid(), 9)"
+    done = subprocess.run([sys.executable, "-c", code, str(mountpoint)], check=False, capture_output=True)
+    assert done.returncode == -9, done.stderr
+    assert mounts.mounted_at(mountpoint) is not None
+    yield mountpoint
+    if mounts.mounted_at(mountpoint) is not None:
+        unmount.detach(mountpoint)
+
+
+class TestSystemd:
+    def test_units_have_the_path_of_this_program(self, runfs: Shell, place: Path) -> None:
+        (place / "root").mkdir()
+        result = systemd.install(user=False, mountpoint=Path("/mnt/my-runs"), dry_run=False, root=place / "root")
+        unit = place / "root" / "etc/systemd/system/runfs@.service"
+        command = " ".join(systemd.runfs_command())
+        assert f"ExecStart={command} mount %f --foreground" in unit.read_text()
+        assert f"ExecStop={command} umount %f" in unit.read_text()
+        assert os.access(place / "root" / "sbin/mount.runfs", os.X_OK)
+        assert any(r"runfs@mnt-my\x2druns.service" in step for step in result["next"])
+
+    def test_user_units_and_dry_run(self, runfs: Shell, place: Path) -> None:
+        ran = runfs("systemd", "install", "--user", "--dry-run", "--json")
+        (entry,) = ran.json["files"]
+        assert entry["path"] == str(place / "home/.config/systemd/user/runfs-user@.service")
+        assert not Path(entry["path"]).exists()
+        assert runfs("systemd", "install", "--user").code == 0
+        assert Path(entry["path"]).read_text() == entry["content"]
+
+    @pytest.mark.parametrize(
+        ("path", "name"),
+        [
+            ("/mnt/runs", "mnt-runs"),
+            ("/", "-"),
+            ("/home/me/my runs", r"home-me-my\x20runs"),
+            ("/.a/.b", r"\x2ea-.b"),
+            ("/a-b//c/", r"a\x2db-c"),
+            ("/é", r"\xc3\xa9"),
+        ],
+    )
+    def test_escaping(self, path: str, name: str) -> None:
+        assert systemd.escaped(Path(path)) == name
+
+
+class TestNotify:
+    @pytest.mark.parametrize("abstract", [False, True])
+    def test_a_message_arrives(self, tmp_path: Path, abstract: bool) -> None:
+        import socket
+
+        name = f"@runfs-test-{os.getpid()}" if abstract else str(tmp_path / "notify")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
+            listening.bind("\0" + name[1:] if abstract else name)
+            listening.settimeout(5)
+            assert notify.notify("READY=1", "STATUS=ok", environ={"NOTIFY_SOCKET": name})
+            assert listening.recv(1000) == b"READY=1\nSTATUS=ok"
+
+    def test_nobody_listens(self, tmp_path: Path) -> None:
+        assert not notify.notify("READY=1", environ={})
+        assert not notify.notify("READY=1", environ={"NOTIFY_SOCKET": str(tmp_path / "absent")})
+        assert not notify.notify("READY=1", environ={"NOTIFY_SOCKET": "vsock:2:1"})
+
+    def test_the_watchdog(self) -> None:
+        assert notify.watchdog_interval({"WATCHDOG_USEC": "60000000"}) == 30
+        assert notify.watchdog_interval({"WATCHDOG_USEC": "60000000", "WATCHDOG_PID": "1"}) is None
+        assert notify.watchdog_interval({}) is None
+        assert notify.watchdog_interval({"WATCHDOG_USEC": "x"}) is None
+
+
+def test_config_commands(runfs: Shell, place: Path) -> None:
+    assert runfs("config", "path").out == f"{place / 'home/.config/runfs/config.toml'}\n"
+    assert runfs("config", "show", "--json").json["settings"]["min_copies"] == {"value": 1, "origin": "default"}
+    assert "min_copies = 1  # default" in runfs("config", "show").out
+    assert runfs("config", "check").code == 0
+    bad = place / "bad.toml"
+    bad.write_text("min_copis = 1")
+    ran = runfs("config", "check", "--config", str(bad))
+    assert ran.code == 2
+    assert "did you mean 'min_copies'?" in ran.err
+
+
+def test_progress_is_shown_on_a_terminal_only(capsys: pytest.CaptureFixture[str]) -> None:
+    for shown in (False, True):
+        with Reporter(shown=shown) as reporter:
+            reporter({"what": "push", "uuid": "a", "path": "w[red]", "store": "lab", "done": 1, "size": 2, "rate": 5e6})
+            reporter({"what": "push", "uuid": "a", "path": "w[red]", "store": "lab", "done": 2, "size": 2})
+            reporter({"message": "settling"})
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert ("w[red]" in captured.err or "settling" in captured.err) is shown
+
+
+def test_the_names_of_records(place: Path) -> None:
+    assert cli.record_names(["abc", "abc/"]) == ["abc", str(place / "work" / "abc")]
+    assert cli.record_names(None) == []

@@ -1,0 +1,510 @@
+"""The commands that change or move something: evict, hydrate, pin, push, verify, reindex, import.
+
+Each is `(session, args, progress) -> result`, run in a worker thread of the daemon or in the command line's process.
+"""
+
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from vfs import policy
+from vfs.core import Core, Home, manifest_key
+from vfs.errors import ManifestError, NotFound, Refused, RunfsError, StoreError, UsageError
+from vfs.format import read_header
+from vfs.hydrate import read_back
+from vfs.manifest import Manifest, parse
+from vfs.settings import StoreSettings
+from vfs.units import Unit
+
+if TYPE_CHECKING:
+    from vfs.session import Progress, Session
+
+log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+_AT_ONCE = 4  # units moved in parallel; each moves its files in parallel itself
+
+
+def _each(items: Iterable[_T], call: Callable[[_T], None], progress: "Progress") -> None:
+    """Do something for each item, a few at once, until nobody listens any more."""
+    with ThreadPoolExecutor(_AT_ONCE, "command") as pool:
+
+        def guarded(item: _T) -> None:
+            if not progress.cancelled:
+                call(item)
+
+        for _done in pool.map(guarded, items):
+            pass
+
+
+def named_units(session: "Session", args: Mapping[str, Any]) -> list[Unit]:
+    """The units a command names, each once; every unit when it names none. Raises UnknownRecord."""
+    core = session.core
+    if args.get("uuids"):
+        return list(dict.fromkeys(core.units.place(uuid)[0] for uuid in args["uuids"]))
+    found = []
+    for record in policy.roots(core):
+        try:
+            found.append(core.units.get(record.uuid))
+        except RunfsError as error:
+            log.warning("%s", error)
+    return found
+
+
+# --- evict -----------------------------------------------------------------------------------------------------
+
+
+def evict(session: "Session", args: dict[str, Any], progress: "Progress") -> dict[str, Any]:
+    """Push and prove what is not yet, then drop local bytes; or say what would happen."""
+    rules = policy.Rules.of(args)
+    candidates = policy.plan(session.core, session.evictor, rules)
+    if args.get("dry_run"):
+        return _would_evict(session, candidates, rules)
+    return evict_candidates(session, candidates, rules, progress)
+
+
+def evict_candidates(
+    session: "Session", candidates: list[policy.Candidate], rules: policy.Rules, progress: "Progress"
+) -> dict[str, Any]:
+    """Evict in order, until enough is free where that is asked for."""
+    place = session.settings.cache_place
+    done: list[dict[str, Any]] = []
+    stay = [_stay(candidate) for candidate in candidates if candidate.stays is not None]
+    proofs: list[Mapping[str, Any]] = []
+
+    def one(candidate: policy.Candidate) -> None:
+        if rules.until_free is not None and policy.free_bytes(place) >= rules.until_free:
+            return
+        try:
+            evicted = session.evictor.evict(candidate.unit)
+        except (RunfsError, OSError) as error:
+            stay.append({"uuid": candidate.unit.uuid, "reason": _reason(candidate.unit, error), "advice": ""})
+            return
+        done.append({"uuid": evicted.uuid, "bytes": evicted.bytes, "files": evicted.files})
+        proofs.append(evicted.proof)
+        progress({"what": "evict", "uuid": evicted.uuid, "done": len(done), "size": len(candidates)})
+
+    ready = [candidate for candidate in candidates if candidate.stays is None]
+    if rules.until_free is not None:  # one at a time: no more than needed
+        for candidate in ready:
+            one(candidate)
+    else:
+        _each(ready, one, progress)
+    enough = rules.until_free is None or policy.free_bytes(place) >= rules.until_free
+    failed = bool(stay) if rules.uuids else not enough
+    return {
+        "evicted": done,
+        "stay": stay,
+        "bytes": sum(each["bytes"] for each in done),
+        "proof": _proof(proofs),
+        "dry_run": False,
+        "exit": int(failed),
+    }
+
+
+def _reason(unit: Unit, error: BaseException) -> str:
+    text = str(error)
+    for prefix in (f"{unit.uuid}: not evicted: ", f"{unit.uuid}: "):
+        text = text.removeprefix(prefix)
+    return text
+
+
+def _stay(candidate: policy.Candidate) -> dict[str, Any]:
+    assert candidate.stays is not None
+    return {"uuid": candidate.unit.uuid, "reason": candidate.stays.reason, "advice": candidate.stays.advice}
+
+
+def _proof(proofs: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    merged: dict[str, dict[str, Any]] = {}
+    for proof in proofs:
+        for store, said in proof.items():
+            entry = merged.setdefault(store, {"store": store, "how": set(), "verified_at": time.time()})
+            entry["how"] |= set(said["how"])
+            entry["verified_at"] = min(entry["verified_at"], said["verified_at_ns"] / 1e9)
+    return [{**entry, "how": " and ".join(sorted(filter(None, entry["how"])))} for entry in merged.values()]
+
+
+def _would_evict(session: "Session", candidates: list[policy.Candidate], rules: policy.Rules) -> dict[str, Any]:
+    need = None
+    if rules.until_free is not None:
+        need = rules.until_free - policy.free_bytes(session.settings.cache_place)
+    go: list[dict[str, Any]] = []
+    unproven = 0
+    for candidate in candidates:
+        if candidate.stays is not None or (need is not None and sum(each["bytes"] for each in go) >= need):
+            continue
+        go.append({"uuid": candidate.unit.uuid, "bytes": _droppable(session, candidate.unit), "files": 0})
+        unproven += not session.core.journal.homes(candidate.unit.uuid)
+    proof = []
+    if go and not unproven:
+        proof = [{"store": home.name, "how": "", "verified_at": None} for home in session.core.homes]
+    stay = [_stay(candidate) for candidate in candidates if candidate.stays is not None]
+    return {
+        "evicted": go,
+        "stay": stay,
+        "bytes": sum(each["bytes"] for each in go),
+        "proof": proof,
+        "to_push": unproven,
+        "dry_run": True,
+        "exit": int(bool(rules.uuids and stay)),
+    }
+
+
+def _droppable(session: "Session", unit: Unit) -> int:
+    """Bytes on the disk that an eviction would free: what is larger than the files that are kept."""
+    keep, total = session.settings.cache.keep_small, 0
+    for directory, _names, files in os.walk(unit.base):
+        for name in files:
+            status = os.lstat(os.path.join(directory, name))
+            total += status.st_blocks * 512 if status.st_size > keep else 0
+    return total
+
+
+# --- hydrate, pin ----------------------------------------------------------------------------------------------
+
+
+def hydrate(session: "Session", args: dict[str, Any], progress: "Progress") -> dict[str, Any]:
+    """Bring evicted records' bytes back; with `restore`, put them back into their own directory."""
+    done: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
+    restore = bool(args.get("restore"))
+
+    def one(unit: Unit) -> None:
+        if not unit.evicted:
+            return
+        try:
+            if args.get("dry_run"):
+                size = missing_bytes(session.core, unit)
+            else:
+                size = session.evictor.restore(unit) if restore else session.evictor.hydrate(unit)
+        except (RunfsError, OSError) as error:
+            failed.append({"uuid": unit.uuid, "reason": _reason(unit, error)})
+            return
+        if size or restore:
+            done.append({"uuid": unit.uuid, "bytes": size, "restored": restore})
+        progress({"what": "hydrate", "uuid": unit.uuid, "done": len(done)})
+
+    _each(named_units(session, args), one, progress)
+    size = sum(each["bytes"] for each in done)
+    return {"hydrated": done, "failed": failed, "bytes": size, "exit": int(bool(failed))}
+
+
+def missing_bytes(core: Core, unit: Unit) -> int:
+    """Bytes of an evicted unit that are not here."""
+    from vfs import cache
+    from vfs.scan import walk
+
+    total = 0
+    for seen in walk(unit.shadow):
+        if seen.kind == "file":
+            header = cache.read_header(os.path.join(unit.shadow, seen.path))
+            total += header.size - header.local_bytes if header else 0
+    return total
+
+
+def pin(session: "Session", args: dict[str, Any], progress: "Progress") -> dict[str, Any]:
+    """Keep records here. An evicted one is pinned too: what is brought back of it then stays."""
+    return _pin(session, args, True)
+
+
+def unpin(session: "Session", args: dict[str, Any], progress: "Progress") -> dict[str, Any]:
+    return _pin(session, args, False)
+
+
+def _pin(session: "Session", args: Mapping[str, Any], on: bool) -> dict[str, Any]:
+    if not args.get("uuids"):
+        raise UsageError("which records? Name them")
+    pinned = session.core.journal.pins()
+    changed = [unit.uuid for unit in named_units(session, args) if (unit.uuid in pinned) is not on]
+    if not args.get("dry_run"):
+        for uuid in changed:
+            session.core.journal.pin(uuid, on)
+    return {"changed": changed, "exit": 0}
+
+
+# --- push, verify ----------------------------------------------------------------------------------------------
+
+
+def push(session: "Session", args: dict[str, Any], progress: "Progress") -> dict[str, Any]:
+    """Bring everything to the homes and wait until it is there."""
+    if not session.core.homes:
+        raise Refused("no store is configured: name one with --store URL or in the configuration")
+    pushed: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
+
+    def one(unit: Unit) -> None:
+        if args.get("dry_run"):
+            files, size = _to_push(session, unit)
+            if files:
+                names = " and ".join(home.name for home in session.core.homes)
+                pushed.append({"uuid": unit.uuid, "files": files, "bytes": size, "store": names})
+            return
+        try:
+            outcome = session.pusher.push(unit)
+        except (RunfsError, OSError) as error:
+            failed.append({"uuid": unit.uuid, "store": "", "reason": _reason(unit, error)})
+            return
+        for each in outcome.pushed:
+            if each.files:
+                pushed.append({"uuid": unit.uuid, "files": each.files, "bytes": each.size, "store": each.store})
+        failed.extend({"uuid": unit.uuid, "store": name, "reason": str(error)} for name, error in outcome.failed)
+        if outcome.unsettled:
+            failed.append({"uuid": unit.uuid, "store": "", "reason": "a file of it is being written to; push again"})
+        progress({"what": "push", "uuid": unit.uuid, "done": len(pushed)})
+
+    _each(named_units(session, args), one, progress)
+    return {"pushed": pushed, "failed": failed, "exit": int(bool(failed))}
+
+
+def _to_push(session: "Session", unit: Unit) -> tuple[int, int]:
+    from vfs.report import unpushed
+
+    return unpushed(session.core, unit)
+
+
+def verify(session: "Session", args: dict[str, Any], progress: "Progress") -> dict[str, Any]:
+    """Check that the homes hold what was pushed: manifests and sizes, or every byte with `deep`."""
+    bad: list[dict[str, Any]] = []
+    totals = {"checked": 0, "bytes": 0}
+
+    def one(unit: Unit) -> None:
+        for home in session.core.homes:
+            row = session.core.journal.home(unit.uuid, home.name)
+            if row is None:
+                bad.append({"uuid": unit.uuid, "path": "", "store": home.name, "reason": "it was not pushed there yet"})
+                continue
+            for path, reason in _check(session, unit, home, parse(row.manifest), bool(args.get("deep")), totals):
+                bad.append({"uuid": unit.uuid, "path": path, "store": home.name, "reason": reason})
+        progress({"what": "verify", "uuid": unit.uuid, "done": totals["checked"]})
+
+    _each(named_units(session, args), one, progress)
+    return {**totals, "bad": bad, "exit": int(bool(bad))}
+
+
+def _check(
+    session: "Session", unit: Unit, home: Home, manifest: Manifest, deep: bool, totals: dict[str, int]
+) -> Iterator[tuple[str, str]]:
+    try:
+        published = home.store().read(manifest_key(unit.uuid))
+        if parse(published, unit.uuid).generation != manifest.generation:
+            yield "", "another host published a newer version; runfs push merges it"
+    except (StoreError, ManifestError) as error:
+        yield "", str(error)
+    replicas = session.core.journal.replicas_of(unit.uuid, home.name)
+    for digest, file in {file.digest: file for file in manifest.files if file.kind == "file"}.items():
+        totals["checked"] += 1
+        totals["bytes"] += file.size
+        replica = replicas.get(digest)
+        content = session.core.content(digest)
+        try:
+            if replica is None or content is None:
+                yield os.fsdecode(file.path), "the journal does not know its copy; runfs push"
+            elif deep:
+                read_back(home, replica, content)
+            elif home.store().stat(replica.key).size != file.size:
+                yield os.fsdecode(file.path), "its copy has another size"
+        except NotFound:
+            yield os.fsdecode(file.path), f"its copy {file.key} is gone; runfs push {unit.uuid} brings it again"
+            session.core.journal.forget_replica(digest, home.name, unit.uuid)
+            session.core.journal.forget_home(unit.uuid, home.name)
+            session.core.units.mark_dirty(unit, f"{home.name} lost bytes of it")
+        except RunfsError as error:
+            yield os.fsdecode(file.path), str(error)
+
+
+# --- the index -------------------------------------------------------------------------------------------------
+
+
+def put_rows_back(core: Core) -> list[str]:
+    """Insert the kept rows of evicted units the index has not: their directories are links, which no walk finds."""
+    missing: list[dict[str, Any]] = []
+    for uuid, rows in core.journal.evicted_rows().items():
+        if core.index.get(uuid) is None:
+            missing += json.loads(rows)
+    back = core.index.put_back(missing) if missing else []
+    if back:
+        log.warning("put %d rows of evicted records back into the index, which was rebuilt without them", len(back))
+    return back
+
+
+def reindex(session: "Session", args: dict[str, Any], progress: "Progress") -> dict[str, Any]:
+    """Index what directories and stores hold; rows of evicted records come back from the journal."""
+    core = session.core
+    sources = list(args.get("from") or [])
+    directories = [source for source in sources if "://" not in source]
+    damaged: list[dict[str, Any]] = []
+    ingested = 0
+    if not sources:
+        directories = [str(session.settings.project_dir / "storage")]
+    damaged += [_no_directory(path) for path in directories if not os.path.isdir(path)]
+    directories = [path for path in directories if os.path.isdir(path)]
+    if args.get("dry_run"):
+        found = [path for directory in directories for path in _record_directories(directory)]
+        return {"ingested": len(found), "restored_rows": 0, "damaged": damaged, "exit": int(bool(damaged))}
+    done = core.index.reindex(directories)
+    ingested += len(done.ingested)
+    damaged += [{"path": path, "reason": reason} for path, reason in done.damaged]
+    restored = len(put_rows_back(core))
+    for url in (source for source in sources if "://" in source):
+        restored += _reindex_store(session, url, damaged, progress)
+    return {"ingested": ingested, "restored_rows": restored, "damaged": damaged, "exit": int(bool(damaged))}
+
+
+def _no_directory(path: str) -> dict[str, Any]:
+    return {"path": path, "reason": "there is no such directory; name one with --from"}
+
+
+def _record_directories(directory: str) -> Iterator[str]:
+    for path, _names, files in os.walk(directory):
+        if ".machinable" in files:
+            yield path
+
+
+def _home_for(session: "Session", url: str) -> Home:
+    """The configured store with this URL, or one made for this command."""
+    for home in session.core.homes:
+        if home.url.rstrip("/") == url.rstrip("/"):
+            return home
+    return Home(StoreSettings(name="source", url=url), session.settings, session.core.journal)
+
+
+def manifests_in(home: Home, damaged: list[dict[str, Any]]) -> Iterator[tuple[Manifest, str, bytes]]:
+    """Every record a store has a manifest of, with the manifest's version and body."""
+    for stat in home.store().list(".runfs/"):
+        parts = stat.key.split("/")
+        if len(parts) != 3 or parts[2] != "manifest.json":
+            continue
+        try:
+            body = home.store().read(stat.key)
+            yield parse(body, parts[1]), home.store().stat(stat.key).version or "", body
+        except (StoreError, ManifestError) as error:
+            damaged.append({"path": f"{home.url.rstrip('/')}/{stat.key}", "reason": str(error)})
+
+
+def _reindex_store(session: "Session", url: str, damaged: list[dict[str, Any]], progress: "Progress") -> int:
+    """Take up records whose manifests a store holds: their rows, and their bytes as evicted."""
+    home = _home_for(session, url)
+    if home not in session.core.homes:
+        raise UsageError(f"{url} is not one of this index's stores; add it with --store or in the configuration")
+    count = 0
+    for manifest, version, body in manifests_in(home, damaged):
+        count += len(session.core.index.put_back({**row} for row in manifest.rows))
+        if not _is_here(session, manifest.uuid):
+            directory = _place_for(session, manifest)
+            session.evictor.adopt(manifest, home, version, body, directory)
+        progress({"what": "reindex", "uuid": manifest.uuid, "done": count})
+    return count
+
+
+def _is_here(session: "Session", uuid: str) -> bool:
+    try:
+        unit = session.core.units.get(uuid)
+    except RunfsError:
+        return False
+    return os.path.isdir(unit.base) and not os.path.islink(unit.base)
+
+
+def _place_for(session: "Session", manifest: Manifest) -> bytes:
+    record = session.core.index.get(manifest.uuid)
+    directory = record.directory if record else None
+    if directory is not None and os.path.isdir(os.path.dirname(os.path.dirname(directory))):
+        return directory
+    return os.fsencode(session.settings.project_dir / "storage" / manifest.uuid)
+
+
+# --- import ----------------------------------------------------------------------------------------------------
+
+
+def import_(session: "Session", args: dict[str, Any], progress: "Progress") -> dict[str, Any]:
+    """Copy records from a directory, or take them over from a store, into this index's storage."""
+    source = str(args.get("source") or "")
+    if not source:
+        raise UsageError("what should be imported? Name a record's directory or a store URL")
+    if "://" in source:
+        return _import_store(session, source, bool(args.get("dry_run")), progress)
+    imported: list[str] = []
+    failed: list[dict[str, Any]] = []
+    tops = [path for path in _record_directories(source) if not _inside_record(path, source)]
+    if not tops:
+        failed.append({"source": source, "reason": "no record (a directory with .machinable and id.json) is there"})
+    for path in tops:
+        try:
+            imported += _import_one(session, path, bool(args.get("dry_run")))
+        except (RunfsError, OSError) as error:
+            failed.append({"source": path, "reason": str(error)})
+        progress({"what": "import", "done": len(imported), "size": len(tops)})
+    return {"imported": imported, "failed": failed, "exit": int(bool(failed))}
+
+
+def _inside_record(path: str, source: str) -> bool:
+    parent = os.path.dirname(path)
+    while len(parent) >= len(source.rstrip("/")) and parent != path:
+        if os.path.exists(os.path.join(parent, ".machinable")):
+            return True
+        path, parent = parent, os.path.dirname(parent)
+    return False
+
+
+def _import_one(session: "Session", path: str, dry_run: bool) -> list[str]:
+    header = read_header(path)
+    if session.core.index.get(header.uuid) is not None:
+        raise Refused(f"the index has {header.uuid} already; nothing was copied")
+    target = session.settings.project_dir / "storage" / header.identity_key / header.predicate_key
+    if target.exists() or target.is_symlink():
+        target = session.settings.project_dir / "storage" / header.uuid
+    if dry_run:
+        return [header.uuid]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".runfs-import-{header.uuid}")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(path, partial, symlinks=True)
+    os.rename(partial, target)
+    done = session.core.index.reindex([str(target)])
+    for uuid in done.ingested:
+        unit, _path = session.core.units.place(uuid)
+        session.core.units.mark_dirty(unit, "imported")
+    if done.damaged:
+        raise Refused(f"copied to {target}, but {done.damaged[0][1]}")
+    return done.ingested
+
+
+def _import_store(session: "Session", url: str, dry_run: bool, progress: "Progress") -> dict[str, Any]:
+    home = _home_for(session, url)
+    known = home in session.core.homes
+    damaged: list[dict[str, Any]] = []
+    imported: list[str] = []
+    failed: list[dict[str, Any]] = []
+    for manifest, version, body in list(manifests_in(home, damaged)):
+        if session.core.index.get(manifest.uuid) is not None:
+            failed.append({"source": manifest.uuid, "reason": "the index has it already"})
+            continue
+        if not dry_run:
+            try:
+                _take_over(session, home, known, manifest, version, body)
+            except (RunfsError, OSError) as error:
+                failed.append({"source": manifest.uuid, "reason": str(error)})
+                continue
+        imported.append(manifest.uuid)
+        progress({"what": "import", "uuid": manifest.uuid, "done": len(imported)})
+    failed += [{"source": each["path"], "reason": each["reason"]} for each in damaged]
+    return {"imported": imported, "failed": failed, "exit": int(bool(failed))}
+
+
+def _take_over(session: "Session", home: Home, known: bool, manifest: Manifest, version: str, body: bytes) -> None:
+    core = session.core
+    core.index.put_back({**row} for row in manifest.rows)
+    if not known:
+        core.homes.append(home)
+    try:
+        unit = session.evictor.adopt(manifest, home, version, body, _place_for(session, manifest))
+        if not known:  # its bytes must come along: this store will not be asked again
+            session.evictor.restore(unit)
+            core.journal.forget_home(manifest.uuid, home.name)
+            core.units.mark_dirty(unit, "imported")
+    finally:
+        if not known:
+            core.homes.remove(home)

@@ -1,0 +1,307 @@
+"""Files of evicted records in runfs's own cache: placeholders, and which of their chunks are here.
+
+Used by the file system (reads and writes), hydrate, evict and push. Calls touch the local disk only.
+
+A placeholder is a sparse file with the exact size, mode and times of what it stands for and one extended attribute,
+`user.runfs.content`. The attribute names the content it was made from and says which chunks of it are local. A file
+without the attribute is an ordinary file: all of its bytes are here. So the state follows the inode through renames
+and links, no crash can leave the two in disagreement, and the cache explains itself without the journal.
+
+Attribute (little endian): 4 bytes b"RFC1", 32 bytes blake3 of the content, u64 its size, u8 1 if the file was
+changed since (its bytes are then not that content), then pairs of u32 [first, end) of local chunks.
+
+Order of writing, so that no crash shows wrong bytes: data first, fdatasync, then the attribute that calls it local.
+Dropping: the attribute first, fsync, then the hole.
+"""
+
+import errno
+import os
+import stat
+import struct
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from vfs import linux
+from vfs.errors import RunfsError
+from vfs.manifest import CHUNK, chunk_count
+
+ATTRIBUTE = "user.runfs.content"
+_HEAD = struct.Struct("<4s32sQB")
+_RUN = struct.Struct("<II")
+# ext4 keeps attributes of an inode in one block; beyond that the shortest runs are forgotten (and brought again).
+_MAX_RUNS = 400
+
+
+class CacheError(RunfsError):
+    """The cache directory cannot hold placeholders."""
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a placeholder says of itself. `runs` are half-open ranges of local chunks, ordered and disjoint."""
+
+    digest: bytes
+    size: int
+    changed: bool = False
+    runs: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def local_bytes(self) -> int:
+        return sum(min(end * CHUNK, self.size) - first * CHUNK for first, end in self.runs)
+
+
+def read_header(target: int | bytes) -> Header | None:
+    """The header of an open file or a path (links are not followed), None for a file whose bytes are all here."""
+    try:
+        if isinstance(target, int):
+            raw = os.getxattr(target, ATTRIBUTE)
+        else:
+            raw = os.getxattr(target, ATTRIBUTE, follow_symlinks=False)
+    except OSError as error:
+        if error.errno in (errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM):
+            return None
+        raise
+    if len(raw) < _HEAD.size or raw[:4] != b"RFC1":
+        raise CacheError("a placeholder's attribute is damaged; `runfs verify --repair` makes it again")
+    _magic, digest, size, changed = _HEAD.unpack_from(raw)
+    tail = raw[_HEAD.size :]
+    return Header(digest, size, bool(changed), tuple(_RUN.iter_unpack(tail[: len(tail) // 8 * 8])))
+
+
+def write_header(fd: int, header: Header) -> None:
+    """Set the attribute. The caller has synced the data that it newly calls local."""
+    runs = header.runs
+    if len(runs) > _MAX_RUNS:
+        if header.changed:
+            raise CacheError("too many separate changes to an evicted file; bring it back first: runfs hydrate")
+        runs = tuple(sorted(sorted(runs, key=lambda run: run[0] - run[1])[:_MAX_RUNS]))
+    packed = b"".join(_RUN.pack(*run) for run in runs)
+    os.setxattr(fd, ATTRIBUTE, _HEAD.pack(b"RFC1", header.digest, header.size, header.changed) + packed)
+
+
+def clear_header(fd: int) -> None:
+    """Call the whole file local. The caller has synced its data."""
+    os.removexattr(fd, ATTRIBUTE)
+
+
+def supports_attributes(directory: bytes) -> bool:
+    """Whether the file system of `directory` keeps user attributes; without them nothing can be evicted into it."""
+    try:
+        fd = os.open(directory, os.O_TMPFILE | os.O_RDWR, 0o600)
+    except OSError:
+        return False
+    try:
+        os.setxattr(fd, ATTRIBUTE, b"probe")
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def make_placeholder(directory: int, name: bytes, digest: bytes, size: int, mode: int) -> int:
+    """Create a placeholder and return its open descriptor (read-write). It is not synced."""
+    fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=directory)
+    try:
+        if size:  # an empty file has nothing to bring
+            write_header(fd, Header(digest, size))
+            os.ftruncate(fd, size)
+        os.fchmod(fd, mode)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def open_writable(fd: int) -> int:
+    """Open a file of the cache again for reading and writing, also one whose mode forbids its owner to write."""
+    name = f"/proc/self/fd/{fd}"
+    try:
+        return os.open(name, os.O_RDWR | os.O_CLOEXEC)
+    except PermissionError:
+        mode = stat.S_IMODE(os.fstat(fd).st_mode)
+        os.fchmod(fd, mode | stat.S_IWUSR)
+        try:
+            return os.open(name, os.O_RDWR | os.O_CLOEXEC)
+        finally:
+            os.fchmod(fd, mode)
+
+
+def drop(fd: int, digest: bytes, size: int) -> int:
+    """Turn a whole or partial cache file that holds exactly content `digest` into a placeholder again.
+
+    Times are kept. Returns the bytes freed. The caller has proof, and has made sure that nobody has it open.
+    """
+    before = os.fstat(fd)
+    write_header(fd, Header(digest, size))
+    os.fsync(fd)
+    linux.punch(fd, 0, size)
+    os.utime(fd, ns=(before.st_atime_ns, before.st_mtime_ns))
+    return (before.st_blocks - os.fstat(fd).st_blocks) * 512
+
+
+class Partial:
+    """An evicted file while it is in use: which chunks are here, which are on their way, who waits.
+
+    One object for each inode, shared by all of its handles and by hydration. Thread-safe. `fd` is its own, read-write.
+    """
+
+    def __init__(self, fd: int, header: Header) -> None:
+        self.fd = fd
+        self.digest = header.digest
+        self.size = header.size
+        self.changed = header.changed
+        self.users = 0
+        self.flying: dict[int, object] = {}
+        self.error: RunfsError | None = None
+        self.lock = threading.RLock()
+        self._waiting: dict[int, list[Callable[[RunfsError | None], None]]] = {}
+        self._here = bytearray(chunk_count(header.size))
+        self._left = len(self._here)
+        self._unsaved = False
+        for first, end in header.runs:
+            for number in range(first, min(end, len(self._here))):
+                self._set(number)
+
+    def _set(self, number: int) -> None:
+        if not self._here[number]:
+            self._here[number] = 1
+            self._left -= 1
+
+    @property
+    def complete(self) -> bool:
+        return self._left == 0
+
+    @property
+    def local_bytes(self) -> int:
+        with self.lock:
+            return sum(min(CHUNK, self.size - n * CHUNK) for n, here in enumerate(self._here) if here)
+
+    def missing(self, offset: int, length: int) -> list[int]:
+        """Numbers of the chunks that must be brought before [offset, offset + length) can be read."""
+        if self._left == 0 or length <= 0:
+            return []
+        end = min((offset + length + CHUNK - 1) // CHUNK, len(self._here))
+        with self.lock:
+            return [number for number in range(offset // CHUNK, end) if not self._here[number]]
+
+    def fill(self, number: int, data: bytes | memoryview) -> None:
+        """Write a checked chunk. A chunk that became local meanwhile (it was overwritten) is left alone."""
+        with self.lock:
+            if number >= len(self._here) or self._here[number]:
+                return
+            view, offset = memoryview(data), number * CHUNK
+            before = os.fstat(self.fd)
+            while view:
+                written = os.pwrite(self.fd, view, offset)
+                view, offset = view[written:], offset + written
+            if not self.changed:  # arriving bytes are no change: the times stay those of the record
+                os.utime(self.fd, ns=(before.st_atime_ns, before.st_mtime_ns))
+            self._set(number)
+            self._unsaved = True
+
+    def arrived(self, numbers: Iterable[int], error: RunfsError | None) -> None:
+        """Wake who waits for these chunks, with an error if they could not be brought."""
+        calls: list[Callable[[RunfsError | None], None]] = []
+        with self.lock:
+            self.error = error
+            for number in numbers:
+                self.flying.pop(number, None)
+                calls += self._waiting.pop(number, ())
+        for call in calls:
+            call(error)
+
+    def when_here(self, number: int, call: Callable[[RunfsError | None], None]) -> bool:
+        """Have `call(error)` called once when the chunk's flight ends; False when it is here already."""
+        with self.lock:
+            if number >= len(self._here) or self._here[number]:
+                return False
+            self._waiting.setdefault(number, []).append(call)
+            return True
+
+    def needed_for_write(self, offset: int, length: int) -> list[int]:
+        """Chunks that must be brought before a write: those it covers only in part."""
+        with self.lock:
+            end = offset + length
+            edges = []
+            for number in self.missing(offset, length):
+                first, last = number * CHUNK, min((number + 1) * CHUNK, self.size)
+                if offset > first or end < last:
+                    edges.append(number)
+            return edges
+
+    def needed_for_truncate(self, size: int) -> list[int]:
+        return self.missing(size - 1, 1) if 0 < size < self.size and size % CHUNK else []
+
+    def write(self, fd: int, data: bytes, offset: int) -> int:
+        """Write to the file; the chunks covered in part are here already. Returns the bytes written.
+
+        Chunks covered wholly become local without being brought. A short write (the disk filled up) ends at
+        a chunk's border, so that no chunk is half old, half new.
+        """
+        with self.lock:
+            covered = self.missing(offset, len(data))
+            self._begin_change()
+            written = os.pwrite(fd, data, offset)
+            if written < len(data) and covered:
+                whole = [n for n in covered if min((n + 1) * CHUNK, self.size) <= offset + written]
+                torn = [n for n in covered if n not in whole]
+                if torn and torn[0] * CHUNK < offset + written:
+                    written = torn[0] * CHUNK - offset
+                covered = whole
+            for number in covered:
+                self._set(number)
+            self._unsaved = True
+            if written <= 0 < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return written
+
+    def truncate(self, size: int, fd: int) -> None:
+        """Cut or extend the file to `size`; what lies beyond is nobody's to bring. Its edge is here already."""
+        with self.lock:
+            self._begin_change()
+            os.ftruncate(fd, size)
+            for number in range(chunk_count(size) if size else 0, len(self._here)):
+                self._set(number)
+            self._unsaved = True
+
+    def _begin_change(self) -> None:
+        if not self.changed:
+            self.changed = True
+            # Synced by the caller's next fsync; until then nothing of the change was acknowledged.
+            self._write_header()
+
+    def _runs(self) -> tuple[tuple[int, int], ...]:
+        runs: list[tuple[int, int]] = []
+        position = 0
+        while (first := self._here.find(1, position)) >= 0:
+            end = self._here.find(0, first)
+            end = len(self._here) if end < 0 else end
+            runs.append((first, end))
+            position = end
+        return tuple(runs)
+
+    def _write_header(self) -> None:
+        write_header(self.fd, Header(self.digest, self.size, self.changed, self._runs()))
+
+    def save(self) -> None:
+        """Make durable what is here: data first, then the attribute. A complete file becomes an ordinary one."""
+        with self.lock:
+            if not self._unsaved:
+                return
+            os.fdatasync(self.fd)
+            if self._left == 0:
+                if read_header(self.fd) is not None:
+                    clear_header(self.fd)
+            else:
+                self._write_header()
+            os.fsync(self.fd)
+            self._unsaved = False
+
+    def close(self) -> None:
+        """Save and give the descriptor back. Nobody uses the object any more."""
+        try:
+            self.save()
+        finally:
+            os.close(self.fd)

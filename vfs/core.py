@@ -1,0 +1,300 @@
+"""What every part of the logic works with: index, journal, stores, units, files in use. One object a process.
+
+Used by push, evict, hydrate, the file system and the session. Making it blocks on local disks only: stores are opened
+at their first use, so a mount needs no network. Thread-safe where its members are.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+from vfs import cache
+from vfs.errors import Full, RunfsError, StoreError
+from vfs.index import Index
+from vfs.journal import Journal
+from vfs.manifest import Content
+from vfs.moves import Moves
+from vfs.settings import Settings, StoreSettings
+from vfs.stores import Store, keys, open_store
+from vfs.units import Unit, Units
+
+log = logging.getLogger(__name__)
+
+_CONTENTS_KEPT = 256  # digests of recently read files; a 10 GiB file's are 320 kB
+_HEALTH_S = 30.0  # how long a store that failed is asked last
+
+
+class Home:
+    """A configured store: opened at first use, with its health as reads and pushes found it."""
+
+    def __init__(self, settings: StoreSettings, defaults: Settings, journal: Journal) -> None:
+        self.settings = settings
+        self.name = settings.name
+        self.url = settings.url
+        self._defaults = defaults
+        self._journal = journal
+        self._store: Store | None = None
+        self._lock = threading.Lock()
+        self.error: str | None = None
+        self.failed_at = 0.0
+        self.latency_s: float | None = None
+
+    @property
+    def on_close(self) -> str:
+        return self.settings.on_close or self._defaults.on_close
+
+    @property
+    def deadline_s(self) -> float:
+        return self.settings.deadline_s if self.settings.deadline_s is not None else self._defaults.deadline_s
+
+    @property
+    def least_throughput(self) -> int:
+        own = self.settings.least_throughput
+        return own if own is not None else self._defaults.least_throughput
+
+    def store(self) -> Store:
+        """The open store. Raises ConfigError, StoreError."""
+        with self._lock:
+            if self._store is None:
+                self._store = open_store(
+                    self.url,
+                    self.name,
+                    {
+                        "deadline_s": self.deadline_s,
+                        "least_throughput": self.least_throughput,
+                        "used": self._journal.note(f"store used {self.name}") == self.url,
+                        **self.settings.options,
+                    },
+                )
+            return self._store
+
+    def was_used(self) -> None:
+        """Remember that this store holds something of ours, so that an empty one in its place is noticed."""
+        if self._journal.note(f"store used {self.name}") != self.url:
+            self._journal.set_note(f"store used {self.name}", self.url)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Take the outcome of what is done inside into the store's health."""
+        began = time.monotonic()
+        try:
+            yield
+        except StoreError as error:
+            if error.temporary:
+                self.error, self.failed_at = str(error), time.monotonic()
+            raise
+        self.error, self.latency_s = None, time.monotonic() - began
+
+    @property
+    def healthy(self) -> bool:
+        return self.error is None or time.monotonic() - self.failed_at > _HEALTH_S
+
+    def close(self) -> None:
+        with self._lock:
+            if self._store is not None:
+                self._store.close()
+                self._store = None
+
+
+def manifest_key(uuid: str) -> str:
+    """Where a record's manifest is in a store: the one commit point."""
+    return f".runfs/{uuid}/manifest.json"
+
+
+def data_key(uuid: str, digest: bytes) -> str:
+    """Where a later content of a record is."""
+    return f".runfs/{uuid}/data/{digest.hex()}"
+
+
+def plain_key(uuid: str, path: bytes) -> str:
+    """Where a path's first content is: an object any tool can read."""
+    return f"{uuid}/{keys.encode(path)}"
+
+
+@dataclass(slots=True)
+class Held:
+    """What a reader is told of a file's ctime after its bytes came or went: that is no change of the file."""
+
+    real: int
+    shown: int
+
+
+class Core:
+    """The parts together. `watch` and `commit` are set by the daemon: `commit(call)` runs a short call where no file
+    operation runs at the same time (its event loop); without a daemon there are none, and it runs here."""
+
+    def __init__(self, settings: Settings, index: Index, journal: Journal) -> None:
+        self.settings = settings
+        self.index = index
+        self.journal = journal
+        settings.cache_place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.units = Units(index, journal, settings.cache_place)
+        self.homes = [Home(store, settings, journal) for store in settings.stores]
+        self.moves = Moves()
+        self.commit: Callable[[Callable[[], None]], None] = lambda call: call()
+        self.content_changed: list[Callable[[Unit], None]] = []
+        self._partials: dict[tuple[int, int], cache.Partial] = {}
+        self._contents: OrderedDict[bytes, Content] = OrderedDict()
+        self._held: OrderedDict[tuple[int, int], Held] = OrderedDict()
+        self._lock = threading.RLock()
+        self._behind = ThreadPoolExecutor(1, "settle")
+        self._closed = False
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+        self._behind.shutdown(wait=True)
+        for partial in self._partials.values():
+            partial.close()
+        self._partials.clear()
+        for home in self.homes:
+            home.close()
+        self.journal.close()
+        self.index.close()
+
+    def home(self, name: str) -> Home:
+        for home in self.homes:
+            if home.name == name:
+                return home
+        raise RunfsError(f"no store is called {name}; `runfs stores` shows those that are")
+
+    @property
+    def link(self) -> bytes:
+        """The one link that evicted records' links go through; it points at the mountpoint."""
+        return os.fsencode(self.settings.index.parent / ".runfs")
+
+    # --- contents ----------------------------------------------------------------------------------------------
+
+    def content(self, digest: bytes) -> Content | None:
+        """What a digest consists of, if the journal knows it."""
+        with self._lock:
+            found = self._contents.get(digest)
+            if found is None:
+                found = self.journal.content(digest)
+                if found is None:
+                    return None
+                self._contents[digest] = found
+                while len(self._contents) > _CONTENTS_KEPT:
+                    self._contents.popitem(last=False)
+            else:
+                self._contents.move_to_end(digest)
+            return found
+
+    # --- files in use ------------------------------------------------------------------------------------------
+
+    def partial(self, fd: int) -> cache.Partial | None:
+        """The shared object of an open evicted file (`fd` is only looked at), None when all of it is here.
+
+        Whoever gets one gives it back with `release`.
+        """
+        status = os.fstat(fd)
+        key = (status.st_dev, status.st_ino)
+        with self._lock:
+            found = self._partials.get(key)
+            if found is None:
+                header = cache.read_header(fd)
+                if header is None:
+                    return None
+                self.hold_ctime(status)
+                own = cache.open_writable(fd)
+                found = self._partials[key] = cache.Partial(own, header)
+            found.users += 1
+            return found
+
+    def hold(self, partial: cache.Partial) -> None:
+        """Take part in a partial that is held already."""
+        with self._lock:
+            partial.users += 1
+
+    def release(self, partial: cache.Partial) -> None:
+        """Give a `partial` back; after the last one what came is made durable, by a thread of our own."""
+        with self._lock:
+            partial.users -= 1
+            if partial.users == 0 and not self._closed:
+                self._behind.submit(self._settle, partial)
+
+    def _settle(self, partial: cache.Partial) -> None:
+        try:
+            partial.save()
+        except OSError as error:  # what is not called local is brought again; nothing was acknowledged
+            log.warning("the cache could not keep what was brought: %s", error)
+        with self._lock:
+            status = os.fstat(partial.fd)
+            if partial.users:
+                return  # somebody opened it again meanwhile
+            if self._partials.get((status.st_dev, status.st_ino)) is not partial:
+                return  # an earlier settling of the same object closed it
+            del self._partials[status.st_dev, status.st_ino]
+            if not partial.changed:
+                self.held_again(status)
+            os.close(partial.fd)
+
+    def in_use(self, fd: int) -> cache.Partial | None:
+        """The object of a file that is in use now, without taking part in it."""
+        status = os.fstat(fd)
+        with self._lock:
+            return self._partials.get((status.st_dev, status.st_ino))
+
+    # --- ctime -------------------------------------------------------------------------------------------------
+
+    def hold_ctime(self, status: os.stat_result) -> None:
+        """From here on this inode's ctime changes by our own doing; go on showing what it was."""
+        key = (status.st_dev, status.st_ino)
+        with self._lock:
+            held = self._held.get(key)
+            shown = held.shown if held and held.real == status.st_ctime_ns else status.st_ctime_ns
+            self._held[key] = Held(status.st_ctime_ns, shown)
+            self._held.move_to_end(key)
+            while len(self._held) > 100_000:
+                self._held.popitem(last=False)
+
+    def show_ctime(self, status: os.stat_result, shown: int) -> None:
+        """Show this ctime for an inode as long as its real one stays what it is now."""
+        with self._lock:
+            self._held[status.st_dev, status.st_ino] = Held(status.st_ctime_ns, shown)
+
+    def forget_ctime(self, status: os.stat_result) -> None:
+        """The file's attributes were changed for real: its real ctime is the one to show."""
+        with self._lock:
+            self._held.pop((status.st_dev, status.st_ino), None)
+
+    def held_again(self, status: os.stat_result) -> None:
+        """Our own doing ended with this ctime."""
+        with self._lock:
+            held = self._held.get((status.st_dev, status.st_ino))
+            if held is not None:
+                held.real = status.st_ctime_ns
+
+    def ctime(self, status: os.stat_result) -> int:
+        """The ctime to show for an inode, in ns."""
+        key = (status.st_dev, status.st_ino)
+        held = self._held.get(key)
+        if held is None:
+            return status.st_ctime_ns
+        partial = self._partials.get(key)
+        if held.real == status.st_ctime_ns or (partial is not None and not partial.changed):
+            return held.shown
+        return status.st_ctime_ns
+
+    # --- space -------------------------------------------------------------------------------------------------
+
+    def need_space(self, size: int) -> None:
+        """Raise Full when `size` more bytes would not fit into the cache's file system."""
+        room = os.statvfs(self.settings.cache_place)
+        if room.f_bavail * room.f_frsize < size + (16 << 20):  # the journal and small files need some too
+            raise Full(
+                f"no space in {self.settings.cache_place} for {size:,} bytes more; "
+                "free some with: runfs evict --until-free SIZE"
+            )
+
+
+def quietly_remove(path: bytes) -> None:
+    """Remove a name that may be gone already."""
+    with suppress(FileNotFoundError):
+        os.unlink(path)

@@ -1,0 +1,178 @@
+"""The commands that try things for real: doctor and stores. May wait for stores, each within its deadline."""
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vfs import cache, policy
+from vfs.core import Home
+from vfs.errors import RunfsError
+from vfs.format import read_header
+from vfs.stores import validate
+
+if TYPE_CHECKING:
+    from vfs.session import Progress, Session
+
+Finding = dict[str, Any]
+_MOST_RECORDS = 50  # damaged records named; the rest is counted
+_SKEW_S = 300.0  # S3 refuses requests with a clock further off than 15 minutes
+
+
+def stores(session: "Session", args: dict[str, Any], progress: "Progress") -> dict[str, Any]:
+    """Try each home: reachable, readable, writable, how fast, and what it can do."""
+    with ThreadPoolExecutor(8) as pool:
+        tried = list(pool.map(_try, session.core.homes))
+    return {"stores": tried, "exit": int(any(not store["ok"] for store in tried))}
+
+
+def _try(home: Home) -> dict[str, Any]:
+    shown: dict[str, Any] = {"name": home.name, "url": home.url, "broker": None, "info": None, "warnings": []}
+    try:
+        shown["warnings"] = validate(home.url, home.name, home.settings.options)
+        store = home.store()
+        check = store.check()
+    except RunfsError as error:
+        return shown | {"check": {"reachable": False, "problems": [str(error)]}, "ok": False}
+    info = asdict(store.info())
+    found = asdict(check)
+    ok = check.reachable and check.readable and check.writable
+    return shown | {"broker": info["broker"], "info": info, "check": found, "ok": ok}
+
+
+def doctor(session: "Session", args: dict[str, Any], progress: "Progress") -> dict[str, Any]:
+    """Look for what is wrong, and say what to do."""
+    looks = (_places, _index, _records, _stores, _mounts)
+    checks = [*_machine(), *(finding for look in looks for finding in look(session))]
+    return {"checks": checks, "exit": int(any(check["ok"] is False for check in checks))}
+
+
+def _finding(name: str, ok: bool | None, message: str, advice: str = "") -> Finding:
+    return {"name": name, "ok": ok, "message": message, "advice": advice}
+
+
+def _machine() -> Iterator[Finding]:
+    release = platform.release()
+    yield _finding("kernel", sys.platform == "linux", f"{platform.system()} {release}", "runfs needs Linux")
+    device = os.access("/dev/fuse", os.R_OK | os.W_OK)
+    yield _finding(
+        "fuse",
+        device,
+        "/dev/fuse can be opened" if device else "/dev/fuse is missing or not ours to open",
+        "load it (modprobe fuse); in a container, start it with --device /dev/fuse --cap-add SYS_ADMIN",
+    )
+    helper = shutil.which("fusermount3")
+    yield _finding(
+        "fusermount3",
+        helper is not None or os.geteuid() == 0,
+        helper or "not found",
+        "install it: apt-get install fuse3",
+    )
+    yield _finding("privileges", None if os.geteuid() else True, f"running as uid {os.geteuid()}", "nothing to do")
+
+
+def _places(session: "Session") -> Iterator[Finding]:
+    settings = session.settings
+    for name, path in (("state", settings.state), ("cache", settings.cache_place)):
+        private = path.stat().st_mode & 0o077 == 0
+        yield _finding(name, private, f"{path}" + ("" if private else " can be read by others"), f"chmod 700 {path}")
+    attributes = cache.supports_attributes(os.fsencode(settings.cache_place))
+    yield _finding(
+        "cache attributes",
+        attributes,
+        "the cache's file system keeps user attributes" if attributes else "the cache's file system keeps none",
+        "set cache.directory to a directory on ext4, xfs, btrfs or zfs: without them nothing can be evicted",
+    )
+    free = policy.free_bytes(settings.cache_place)
+    yield _finding(
+        "space",
+        free > 1 << 30,
+        f"{free / 1e9:,.1f} GB free for the cache in {settings.cache_place}",
+        "free some: runfs evict --until-free 10G",
+    )
+
+
+def _index(session: "Session") -> Iterator[Finding]:
+    index = session.core.index
+    problems = list(index.problems())
+    yield _finding("index", True, f"{session.settings.index}: {index.count():,} records")
+    for problem in problems[:_MOST_RECORDS]:
+        yield _finding("index row", False, problem, "mend or remove the row; the others are not affected")
+    if len(problems) > _MOST_RECORDS:
+        yield _finding("index row", False, f"and {len(problems) - _MOST_RECORDS:,} more", "see runfs doctor --json")
+
+
+def _records(session: "Session") -> Iterator[Finding]:
+    found = 0
+    for uuid, reason, advice in _damaged(session):
+        found += 1
+        if found <= _MOST_RECORDS:
+            yield _finding("record", False, f"{uuid}: {reason}", advice)
+    if found > _MOST_RECORDS:
+        yield _finding("record", False, f"and {found - _MOST_RECORDS:,} more records", "see above")
+    for warning in session.warnings:
+        yield _finding("recovery", None, warning)
+
+
+def _damaged(session: "Session") -> Iterator[tuple[str, str, str]]:
+    core = session.core
+    for record in policy.roots(core):
+        try:
+            unit = core.units.get(record.uuid)
+            os.close(unit.open_base())
+            header = read_header(unit.base)
+            if header.uuid != record.uuid:
+                yield record.uuid, f"its directory holds record {header.uuid}", "runfs reindex, or move it back"
+        except RunfsError as error:
+            held = [home.store for home in core.journal.homes(record.uuid)]
+            advice = f"{held[0]} holds it: runfs hydrate --restore {record.uuid}" if held else "no store holds it"
+            yield record.uuid, str(error).removeprefix(f"{record.uuid}: "), advice
+
+
+def _stores(session: "Session") -> Iterator[Finding]:
+    if not session.core.homes:
+        yield _finding("stores", None, "none is configured: nothing can be pushed or evicted", "mount with --store URL")
+    for home in session.core.homes:
+        tried = _try(home)
+        check = tried["check"]
+        problems = "; ".join(check.get("problems") or [])
+        message = f"{home.url}: " + (problems or "reachable, readable, writable")
+        yield _finding(f"store {home.name}", tried["ok"], message, "runfs stores tells more")
+        skew = check.get("clock_skew_s")
+        if skew is not None and abs(skew) > _SKEW_S:
+            yield _finding("clock", False, f"{home.name}: its clock is {skew:+,.0f} s off ours", "set this clock")
+
+
+def _mounts(session: "Session") -> Iterator[Finding]:
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        front, _dash, back = line.partition(" - ")
+        if not back.startswith("fuse.runfs "):
+            continue
+        mountpoint = front.split(" ")[4]
+        if session.settings.mountpoint is not None and mountpoint == str(session.settings.mountpoint):
+            yield _finding("mount", True, f"{mountpoint} is served by process {os.getpid()}")
+            continue
+        alive = _answers(mountpoint)
+        yield _finding(
+            "mount",
+            None if alive else False,
+            f"{mountpoint}" + (" is another mount of runfs" if alive else ": its daemon is gone"),
+            "" if alive else f"runfs umount {mountpoint}",
+        )
+
+
+def _answers(mountpoint: str) -> bool:
+    """Whether a mount has a daemon. statfs on a dead one fails at once; on a hanging one it is asked in a thread."""
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            pool.submit(os.statvfs, mountpoint).result(timeout=5)
+        except OSError:
+            return False
+        except TimeoutError:
+            return False
+    return True

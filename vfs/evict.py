@@ -1,0 +1,490 @@
+"""Drop a unit's local bytes once its homes are proven to hold them, and bring them back for good (restore).
+
+Used by `runfs evict`, the free-space policy and `runfs hydrate --restore`. Blocks on disks and stores; the moment at
+which the unit changes place runs through `core.commit`, where no file operation runs at the same time.
+
+What a crash leaves, and what `recover` does at the next start:
+
+    before the journal says 'evicting'   a shadow nobody knows of: replaced or removed
+    'evicting', still a real directory   the exchange did not happen: shadow and second name are removed
+    'evicting', now a link               the exchange happened: what was set aside is compared and removed
+    'restoring', still a link            the whole copy beside it is removed
+    'restoring', a real directory        the exchange happened: link and shadow are removed
+
+Nothing set aside is removed unless it is the file that was proven, untouched; anything else is moved into the shadow,
+where the mount shows it, and pushed.
+"""
+
+import errno
+import json
+import logging
+import os
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from blake3 import blake3
+
+from vfs import cache, linux, shadow
+from vfs.core import Core, Home, manifest_key, quietly_remove
+from vfs.errors import DamagedRecord, NotFound, Refused, RunfsError, WrongBytes
+from vfs.format import is_live
+from vfs.hydrate import Hydrator, read_back
+from vfs.journal import Home as HomeRow
+from vfs.journal import Known, Replica, UnitRow
+from vfs.leases import Leases
+from vfs.manifest import File, Manifest, parse
+from vfs.push import Pusher, rows_digest
+from vfs.residency import RECOVERY, State
+from vfs.scan import Seen, open_file, walk
+from vfs.units import Unit, link_of, set_aside_name
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Stays:
+    """Why a unit would not be evicted, and what to do about it."""
+
+    reason: str
+    advice: str
+
+
+@dataclass(frozen=True, slots=True)
+class Evicted:
+    """What an eviction freed. `proof` says for each store how and when its copy was proven."""
+
+    uuid: str
+    bytes: int
+    files: int
+    proof: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Evictor:
+    """Evicts and restores units."""
+
+    def __init__(self, core: Core, pusher: Pusher, hydrator: Hydrator) -> None:
+        self._core = core
+        self._pusher = pusher
+        self._hydrator = hydrator
+        self._pool = ThreadPoolExecutor(8, "prove")
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    # --- decide ------------------------------------------------------------------------------------------------
+
+    def stays(self, unit: Unit, *, pinned: set[str] | None = None) -> Stays | None:
+        """The first reason not to evict a unit that can be told without a store and without opening its files."""
+        if not self._core.homes:
+            return Stays("no store is configured", "runfs mount ... --store URL, or [stores.NAME] in the configuration")
+        if self._core.settings.mountpoint is None and self._core.journal.note("mountpoint") is None:
+            return Stays("it was never mounted", "runfs mount MOUNTPOINT first: its place is taken by a link into it")
+        if unit.uuid in (self._core.journal.pins() if pinned is None else pinned):
+            return Stays("pinned", f"runfs unpin {unit.uuid}")
+        live = self.live(unit)
+        if live:
+            return Stays(f"live ({live})" if live != unit.uuid else "live", "wait until the run has finished")
+        if unit.writers:
+            return Stays("open for writing through the mount", "close it")
+        if unit.handles:
+            return Stays("open through the mount", "close it")
+        return None
+
+    def live(self, unit: Unit) -> str | None:
+        """The uuid of the unit or a nested record whose run is live."""
+        for uuid, path in self._records(unit):
+            if is_live(os.path.join(unit.base, path) if path else unit.base, time.time()):
+                return uuid
+        return None
+
+    def _records(self, unit: Unit) -> list[tuple[str, bytes]]:
+        records = [(unit.uuid, b"")]
+        root = self._core.index.get(unit.uuid)
+        for nested in self._core.index.nested(unit.uuid) if root else ():
+            with suppress(DamagedRecord):
+                assert root is not None
+                records.append((nested.uuid, self._core.units.relative(root, nested)))
+        return records
+
+    # --- prove -------------------------------------------------------------------------------------------------
+
+    def prove(self, unit: Unit, known: Mapping[bytes, Known]) -> dict[str, Any]:
+        """Show that at least `min_copies` homes hold exactly `known`. Proofs younger than the configured age count.
+
+        Raises Refused saying which home lacks what.
+        """
+        proof: dict[str, Any] = {}
+        said: list[str] = []
+        for home in self._core.homes:
+            try:
+                proof[home.name] = self._prove_in(unit, home, known)
+            except RunfsError as error:
+                said.append(f"{home.name}: {error}")
+        if len(proof) < self._core.settings.min_copies:
+            raise Refused(
+                f"{unit.uuid}: not evicted: {len(proof)} of {self._core.settings.min_copies} copies are proven"
+                + (f" ({'; '.join(said)})" if said else "")
+            )
+        return proof
+
+    def _prove_in(self, unit: Unit, home: Home, known: Mapping[bytes, Known]) -> dict[str, Any]:
+        row = self._core.journal.home(unit.uuid, home.name)
+        if row is None:
+            raise Refused(f"it was not pushed there yet; runfs push {unit.uuid}")
+        published = parse(row.manifest, unit.uuid)
+        _covers(published, known)
+        oldest = time.time_ns() - int(self._core.settings.proof.max_age * 1e9)
+        with home.watched():
+            if home.store().read(manifest_key(unit.uuid)) != row.manifest:
+                raise Refused(f"another host changed the record there; runfs push {unit.uuid} merges it")
+        replicas = self._core.journal.replicas_of(unit.uuid, home.name)
+        wanted = {item.file.digest for item in known.values() if item.file.kind == "file"}
+        stale = [replicas[digest] for digest in wanted if replicas[digest].proven_ns < oldest]
+        fresh = list(self._pool.map(lambda replica: self._prove_replica(home, replica), stale))
+        self._core.journal.set_replicas(fresh)
+        replicas |= {replica.digest: replica for replica in fresh}
+        hows = sorted({replicas[digest].how for digest in wanted})
+        return {"how": hows, "verified_at_ns": min((replicas[d].proven_ns for d in wanted), default=time.time_ns())}
+
+    def _prove_replica(self, home: Home, replica: Replica) -> Replica:
+        content = self._core.content(replica.digest)
+        if content is None:
+            raise DamagedRecord("its digests are not in the journal")
+        try:
+            read_back(home, replica, content)
+        except (WrongBytes, NotFound):
+            self._core.journal.forget_replica(replica.digest, replica.store, replica.uuid)  # pushed again next time
+            self._core.journal.forget_home(replica.uuid, replica.store)
+            with suppress(RunfsError):
+                self._core.units.mark_dirty(self._core.units.get(replica.uuid), f"{home.name} lost bytes of it")
+            raise
+        return Replica(replica.digest, replica.store, replica.uuid, replica.key, time.time_ns(), "read back")
+
+    # --- evict -------------------------------------------------------------------------------------------------
+
+    def evict(self, unit: Unit) -> Evicted:
+        """Push and prove what is not yet, then drop the unit's local bytes. Raises Refused saying why not, and
+        StoreError, Full; in each case nothing has been dropped."""
+        with unit.moving:
+            if (stays := self.stays(unit)) is not None:
+                raise Refused(f"{unit.uuid}: not evicted: {stays.reason}; {stays.advice}")
+            sequence = unit.sequence
+            known = self._settled(unit)
+            proof = self.prove(unit, known)
+            if self.live(unit):  # told by markers that are in `known`: what changes them from here on is noticed
+                raise Refused(f"{unit.uuid}: not evicted: it has just become live; wait until the run has finished")
+            with Leases(unit.uuid, unit.base, writable=unit.evicted) as leases:
+                leases.take(known)
+                if unit.evicted:
+                    freed = self._drop_cached(unit, known, leases)
+                else:
+                    freed = self._exchange(unit, known, leases, sequence)
+            self._pusher.scan(unit)  # the files have other inodes now; not under the leases, which it would break
+            if freed:
+                self._receipt(unit, known, freed, proof)
+            return Evicted(unit.uuid, freed, len(known), proof)
+
+    def _settled(self, unit: Unit) -> dict[bytes, Known]:
+        """What the unit holds, all of it in every home."""
+        outcome = self._pusher.push(unit)
+        reached = len(self._core.homes) - len(outcome.failed)
+        if reached < self._core.settings.min_copies:
+            name, error = outcome.failed[0]
+            raise Refused(f"{unit.uuid}: not evicted: {name} does not hold all of it: {error}")
+        if outcome.unsettled:
+            path = os.fsdecode(outcome.unsettled[0]) or "a file"
+            raise Refused(f"{unit.uuid}: not evicted: {path} is being written to; try again when it is finished")
+        return self._core.journal.known(unit.uuid)
+
+    def _keeps(self, file: File) -> bool:
+        return file.size <= self._core.settings.cache.keep_small
+
+    def _exchange(self, unit: Unit, known: Mapping[bytes, Known], leases: Leases, sequence: int) -> int:
+        before = shadow.used_bytes(unit.directory)
+        place = unit.shadow
+        kept = shadow.build(place, known, self._keeps, unit.directory)
+        aside = set_aside_name(unit)
+        row = self._row(unit, State.EVICTING, aside, known)
+        try:
+            self._sync(place)
+            quietly_remove(aside)
+            os.symlink(link_of(unit.directory, self._core.link, unit.uuid), aside)
+            linux.sync_directory(os.path.dirname(aside))
+            self._core.commit(lambda: self._switch(unit, known, kept, leases, row, sequence))
+        except BaseException:
+            self._roll_back(unit, aside, place)
+            raise
+        linux.sync_directory(os.path.dirname(aside))
+        self._show_times(unit, known)
+        self._clear_aside(unit, aside, known)
+        self._core.journal.set_unit(self._row(unit, State.EVICTED, b"", known))
+        return max(before - shadow.used_bytes(place), 0)
+
+    def _sync(self, place: bytes) -> None:
+        fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            linux.sync_filesystem(fd)
+        finally:
+            os.close(fd)
+
+    def _switch(
+        self,
+        unit: Unit,
+        known: Mapping[bytes, Known],
+        kept: Mapping[bytes, int],
+        leases: Leases,
+        row: UnitRow,
+        sequence: int,
+    ) -> None:
+        """The moment itself: compare for the last time, record the intent, exchange."""
+        if unit.handles or unit.sequence != sequence or not leases.held():
+            raise Refused(f"{unit.uuid}: not evicted: it came into use just now; try again when it is quiet")
+        _compare(unit, known, kept)
+        self._core.units.enter(unit, State.EVICTING, row)
+        linux.exchange(unit.directory, row.aside)
+        self._core.units.enter(unit, State.EVICTED, replace(row, state=State.EVICTED.value))
+
+    def _roll_back(self, unit: Unit, aside: bytes, place: bytes) -> None:
+        if os.path.islink(unit.directory):
+            return  # the exchange happened: only what follows it failed, and recovery finishes that
+        quietly_remove(aside)
+        shadow.remove(place)
+        if unit.state is State.EVICTING:
+            self._core.units.enter(unit, State.RESIDENT, None)
+
+    def _row(self, unit: Unit, state: State, aside: bytes, known: Mapping[bytes, Known]) -> UnitRow:
+        uuids = [uuid for uuid, _path in self._records(unit)]
+        rows = json.dumps(self._core.index.rows(uuids))
+        size = sum(item.file.size for item in known.values())
+        return UnitRow(unit.uuid, state.value, unit.directory, aside, rows, size, time.time_ns())
+
+    def _show_times(self, unit: Unit, known: Mapping[bytes, Known]) -> None:
+        """A file's ctime changed by our own doing; readers go on seeing what it was."""
+        for seen in walk(unit.shadow):
+            if seen.path in known and known[seen.path].ctime_ns:
+                self._core.show_ctime(seen.status, known[seen.path].ctime_ns)
+
+    def _clear_aside(self, unit: Unit, aside: bytes, known: Mapping[bytes, Known]) -> None:
+        """Remove what was set aside, file by file; whatever is not exactly what was proven moves into the shadow."""
+        if not os.path.isdir(aside) or os.path.islink(aside):
+            return
+        for seen in walk(aside):  # first, so that machinable does not take it for a record
+            if os.path.basename(seen.path) == b".machinable" and seen.kind == "file":
+                os.unlink(os.path.join(aside, seen.path))
+        for seen in list(walk(aside)):
+            path = os.path.join(aside, seen.path)
+            if seen.kind == "directory":
+                continue
+            if _droppable(seen, known.get(seen.path)) or _same_inode(unit.shadow, seen.path, seen.status):
+                os.unlink(path)
+            else:
+                self._rescue(unit, aside, seen.path)
+        for seen in reversed([seen for seen in walk(aside) if seen.kind == "directory"]):
+            os.rmdir(os.path.join(aside, seen.path))
+        os.rmdir(aside)
+
+    def _rescue(self, unit: Unit, aside: bytes, path: bytes) -> None:
+        log.warning("%s: %r was changed while the record was evicted; the change is kept", unit.uuid, path)
+        target = os.path.join(unit.shadow, path)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        self._core.units.mark_dirty(unit, "changed while it was evicted")
+        try:
+            os.rename(os.path.join(aside, path), target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            quietly_remove(target)
+            shadow.copy_file(aside, unit.shadow, path)
+            linux.sync_directory(os.path.dirname(target))
+            os.unlink(os.path.join(aside, path))
+
+    def _drop_cached(self, unit: Unit, known: Mapping[bytes, Known], leases: Leases) -> int:
+        """The record is evicted already: drop what came back for reading."""
+        freed = 0
+        for path, fd in leases.descriptors().items():
+            file = known[path].file
+            if self._keeps(file) or os.fstat(fd).st_blocks == 0:
+                continue
+            shown = self._core.ctime(os.fstat(fd))
+            freed += cache.drop(fd, file.digest, file.size)
+            self._core.show_ctime(os.fstat(fd), shown)
+        for tell in self._core.content_changed:
+            tell(unit)
+        return freed
+
+    def _receipt(self, unit: Unit, known: Mapping[bytes, Known], freed: int, proof: Mapping[str, Any]) -> None:
+        digest = blake3(b"".join(item.file.digest for item in known.values())).hexdigest()
+        files = sum(item.file.kind == "file" for item in known.values())
+        self._core.journal.add_receipt("evict", unit.uuid, "", files, freed, digest, proof)
+
+    # --- restore -----------------------------------------------------------------------------------------------
+
+    def hydrate(self, unit: Unit) -> int:
+        """Bring every file of an evicted unit into the cache; returns the bytes brought. Raises NoReplica, Full."""
+        if not unit.evicted:
+            return 0
+        brought = 0
+        for seen in walk(unit.shadow):
+            if seen.kind == "file":
+                fd = open_file(unit.shadow, seen.path, os.O_RDONLY)
+                try:
+                    brought += self._hydrator.complete(fd, unit.uuid, seen.path)
+                finally:
+                    os.close(fd)
+        return brought
+
+    def restore(self, unit: Unit) -> int:
+        """Make an evicted unit resident again: whole in the cache, then back in its directory's place."""
+        with unit.moving:
+            if not unit.evicted:
+                return 0
+            brought = self.hydrate(unit)
+            sequence = unit.sequence
+            found = self._pusher.scan(unit)
+            aside = set_aside_name(unit)
+            row = self._core.journal.unit(unit.uuid)
+            assert row is not None
+            started = replace(row, state=State.RESTORING.value, aside=aside, at_ns=time.time_ns())
+            shadow.remove(aside)
+            self._core.units.enter(unit, State.RESTORING, started)
+            try:
+                os.makedirs(os.path.dirname(aside), exist_ok=True)
+                shadow.copy_whole(unit.shadow, aside, found.files)
+                self._sync(aside)
+                self._core.commit(lambda: self._switch_back(unit, aside, sequence))
+            except BaseException:
+                if unit.state is State.RESTORING and not _is_directory(unit.directory):
+                    shadow.remove(aside)
+                    self._core.units.enter(unit, State.EVICTED, replace(started, state="evicted", aside=b""))
+                raise
+            linux.sync_directory(os.path.dirname(aside))
+            quietly_remove(aside)
+            shadow.remove(unit.shadow)
+            self._pusher.scan(unit)
+            return brought
+
+    def _switch_back(self, unit: Unit, aside: bytes, sequence: int) -> None:
+        if unit.writers or unit.sequence != sequence:
+            raise Refused(f"{unit.uuid}: not restored: it is being written to; try again when it is closed")
+        if not os.path.lexists(unit.directory):
+            os.rename(aside, unit.directory)
+        else:
+            linux.exchange(unit.directory, aside)
+        self._core.units.enter(unit, State.RESIDENT, None)
+
+    # --- recovery ----------------------------------------------------------------------------------------------
+
+    def recover(self) -> Iterable[str]:
+        """Finish what a crash interrupted. Gives a sentence for each thing done or found."""
+        for row in self._core.journal.units():
+            linked = os.path.islink(row.directory)
+            if row.state == State.EVICTED.value and not row.aside:
+                if not linked and _is_directory(row.directory):
+                    yield (
+                        f"{row.uuid}: a real directory stands at {os.fsdecode(row.directory)} where runfs left its "
+                        "link; the mount shows the evicted record. Move that directory away, or import it"
+                    )
+                continue
+            unit = self._core.units.get(row.uuid)
+            try:
+                yield self._finish(unit, row, RECOVERY[State(row.state), linked])
+            except (OSError, RunfsError) as error:
+                yield f"{row.uuid}: an interrupted move could not be finished: {error}"
+
+    def _finish(self, unit: Unit, row: UnitRow, target: State) -> str:
+        if target is State.RESIDENT:
+            if os.path.islink(row.aside):
+                quietly_remove(row.aside)
+            shadow.remove(unit.shadow)
+            self._core.units.enter(unit, State.RESIDENT, None)
+            self._core.units.mark_dirty(unit, "looked at again after an interrupted move")
+            return f"{unit.uuid}: an interrupted move was undone; the record is resident"
+        if row.state == State.RESTORING.value:
+            shadow.remove(row.aside)
+        else:
+            unit.state = State.EVICTED
+            self._clear_aside(unit, row.aside, self._core.journal.known(unit.uuid))
+        unit.state = State.EVICTED
+        self._core.journal.set_unit(replace(row, state="evicted", aside=b""))
+        self._pusher.scan(unit)
+        return f"{unit.uuid}: an interrupted move was finished; the record is evicted"
+
+    # --- records that are only in a store ----------------------------------------------------------------------
+
+    def adopt(self, manifest: Manifest, home: Home, version: str, body: bytes, directory: bytes) -> Unit:
+        """Take up a record of which only a store has the bytes: evicted from the start."""
+        journal, now = self._core.journal, time.time_ns()
+        known = {file.path: Known(file, 0, 0) for file in manifest.files}
+        journal.replace_known(manifest.uuid, known.values(), manifest.contents.values())
+        journal.set_replicas(
+            Replica(f.digest, home.name, manifest.uuid, f.key, 0, "") for f in manifest.files if f.kind == "file"
+        )
+        marks = rows_digest(manifest.rows)
+        journal.set_home(HomeRow(manifest.uuid, home.name, manifest.generation, version, body, marks, now, now))
+        row = UnitRow(manifest.uuid, "evicted", directory, b"", json.dumps(list(manifest.rows)), manifest.size, now)
+        shadow.build(self._core.units.shadow_of(manifest.uuid), known, lambda _file: False, None)
+        unit = self._core.units.adopt(manifest.uuid, directory)
+        if unit.state is not State.EVICTED:
+            self._core.units.enter(unit, State.EVICTED, row)
+        else:
+            journal.set_unit(row)
+        if not os.path.lexists(directory):
+            os.makedirs(os.path.dirname(directory), exist_ok=True)
+            os.symlink(link_of(directory, self._core.link, unit.uuid), directory)
+        return unit
+
+
+def _is_directory(path: bytes) -> bool:
+    return os.path.isdir(path) and not os.path.islink(path)
+
+
+def _same_inode(root: bytes, path: bytes, status: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.lstat(os.path.join(root, path)), status)
+    except FileNotFoundError:
+        return False
+
+
+def _droppable(seen: Seen, item: Known | None) -> bool:
+    """Whether what was set aside is exactly what was proven (a link or FIFO has no bytes to lose)."""
+    return item is not None and (seen.matches(item) or seen.kind == item.file.kind != "file")
+
+
+def _covers(published: Manifest, known: Mapping[bytes, Known]) -> None:
+    """The published manifest describes exactly what is here."""
+    theirs = published.by_path()
+    for path, item in known.items():
+        file = theirs.get(path)
+        here = item.file
+        if file is None or (file.kind, file.digest, file.target) != (here.kind, here.digest, here.target):
+            raise Refused(f"it does not hold {os.fsdecode(path)} as it is here; runfs push {published.uuid}")
+    if len(theirs) != len(known):
+        raise Refused(f"it holds files that are not here; runfs push {published.uuid}")
+
+
+def _compare(unit: Unit, known: Mapping[bytes, Known], kept: Mapping[bytes, int]) -> None:
+    """Nothing appeared, vanished or changed since it was proven. Raises Refused naming the first difference."""
+    left = set(known)
+    for seen in walk(unit.directory):
+        item = known.get(seen.path)
+        left.discard(seen.path)
+        if item is None:
+            raise _changed(unit, seen.path, "appeared")
+        if seen.kind != item.file.kind:
+            raise _changed(unit, seen.path, "changed")
+        if seen.kind != "file":
+            continue
+        linked = kept.get(seen.path) == seen.status.st_ino or seen.status.st_nlink > 1
+        now = (seen.status.st_ino, seen.status.st_size, seen.status.st_mtime_ns)
+        if now != (item.inode, item.file.size, item.file.mtime_ns) or not (linked or seen.matches(item)):
+            raise _changed(unit, seen.path, "changed")
+    if left:
+        raise _changed(unit, min(left), "vanished")
+
+
+def _changed(unit: Unit, path: bytes, what: str) -> Refused:
+    return Refused(f"{unit.uuid}: not evicted: {os.fsdecode(path)} {what} just now; try again when it is quiet")

@@ -1,0 +1,204 @@
+"""Bring evicted bytes back: checked, from the first replica that has them, one flight a range however many wait.
+
+Used by the daemon's reads and writes (`request`, then `Partial.when_here`), by push and `runfs hydrate` (`bring`).
+`request` never blocks on a network; flights run in this object's threads. Every flight ends in bytes or in an error,
+at the latest at its store's deadline. Memory: at most one flight's bytes a thread.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+from blake3 import blake3
+
+from vfs.cache import Partial
+from vfs.core import Core, Home
+from vfs.errors import NoReplica, NotFound, RunfsError, StoreTimeout, WrongBytes
+from vfs.journal import Replica
+from vfs.manifest import CHUNK, DIGEST, Content
+
+log = logging.getLogger(__name__)
+
+FLIGHT = 8  # chunks: 8 MiB ranges were as fast as larger ones
+_READERS = 8
+_BACKGROUND = 4
+
+
+class Hydrator:
+    """Flights of chunks into partial files."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._readers = ThreadPoolExecutor(_READERS, "hydrate")
+        self._background = ThreadPoolExecutor(_BACKGROUND, "hydrate-behind")
+
+    def close(self) -> None:
+        self._readers.shutdown(wait=True, cancel_futures=True)
+        self._background.shutdown(wait=True, cancel_futures=True)
+
+    def request(self, partial: Partial, numbers: Iterable[int], uuid: str, path: bytes, *, urgent: bool = True) -> None:
+        """Have chunks brought; those under way are not asked for twice. Returns at once.
+
+        Raises Full when the cache's disk cannot take them.
+        """
+        with partial.lock:
+            wanted = [number for number in numbers if number not in partial.flying]
+            if not wanted:
+                return
+            self._core.need_space(len(wanted) * CHUNK)
+            for number in wanted:
+                partial.flying[number] = True
+        pool = self._readers if urgent else self._background
+        self._core.hold(partial)  # until the flights end; given back in _fly
+        flights = list(_grouped(wanted))
+        left = [len(flights)]
+        for flight in flights:
+            pool.submit(self._fly, partial, flight, uuid, path, left)
+
+    def _fly(self, partial: Partial, numbers: list[int], uuid: str, path: bytes, left: list[int]) -> None:
+        error: RunfsError | None = None
+        try:
+            self._bring(partial, numbers, uuid, path)
+        except RunfsError as problem:
+            error = problem
+        except OSError as problem:
+            error = NoReplica(f"{os.fsdecode(path)} of {uuid} cannot be written to the cache: {problem.strerror}")
+            error.errno = problem.errno or error.errno
+        except BaseException as problem:
+            error = NoReplica(f"{os.fsdecode(path)} of {uuid}: {problem!r}")
+            log.exception("a flight ended unexpectedly")
+        finally:
+            partial.arrived(numbers, error)
+            with partial.lock:
+                left[0] -= 1
+                last = left[0] == 0
+            if last:
+                self._core.release(partial)
+
+    def _bring(self, partial: Partial, numbers: list[int], uuid: str, path: bytes) -> None:
+        content = self._core.content(partial.digest)
+        if content is None:
+            raise NoReplica(
+                f"{os.fsdecode(path)} of {uuid}: its digests are not known here; `runfs verify {uuid}` reads them again"
+            )
+        offset = numbers[0] * CHUNK
+        length = min((numbers[-1] + 1) * CHUNK, content.size) - offset
+        said: list[str] = []
+        for replica, home in self._sources(partial.digest):
+            try:
+                data = self._read(home, replica, content, offset, length, uuid, path)
+            except RunfsError as error:
+                said.append(f"{replica.store}: {error}")
+                continue
+            view = memoryview(data)
+            for number in numbers:
+                start = number * CHUNK - offset
+                partial.fill(number, view[start : start + CHUNK])
+            return
+        raise NoReplica(
+            f"{os.fsdecode(path)} of {uuid} cannot be read: "
+            + ("; ".join(said) or "no configured store holds it; `runfs status` shows the stores")
+        )
+
+    def _sources(self, digest: bytes) -> list[tuple[Replica, Home]]:
+        """Replicas in the order to try: healthy stores first, then nearest, then as configured."""
+        replicas = {replica.store: replica for replica in self._core.journal.replicas(digest)}
+        homes = [home for home in self._core.homes if home.name in replicas]
+        homes.sort(key=lambda home: not home.healthy)
+        return [(replicas[home.name], home) for home in homes]
+
+    def _read(
+        self, home: Home, replica: Replica, content: Content, offset: int, length: int, uuid: str, path: bytes
+    ) -> bytes:
+        with self._core.moves.move("hydrate", uuid, path, home.name, length) as move, home.watched():
+            try:
+                data = home.store().read(replica.key, offset, length)
+            except NotFound:
+                self._core.journal.forget_replica(replica.digest, replica.store, replica.uuid)
+                raise
+            move.step(len(data))
+        check(data, content, offset, f"{replica.key} in {home.name}")
+        return data
+
+    def bring(self, partial: Partial, numbers: list[int], uuid: str, path: bytes, deadline_s: float) -> None:
+        """Bring chunks and wait for them. Raises what the flights ended with, StoreTimeout after `deadline_s`
+        without any chunk arriving."""
+        for start in range(0, len(numbers), 8 * FLIGHT):  # bounded, so that readers get their turn
+            self._bring_some(partial, numbers[start : start + 8 * FLIGHT], uuid, path, deadline_s)
+
+    def _bring_some(self, partial: Partial, numbers: list[int], uuid: str, path: bytes, deadline_s: float) -> None:
+        landed = threading.Semaphore(0)
+        errors: list[RunfsError] = []
+
+        def land(error: RunfsError | None) -> None:
+            if error is not None:
+                errors.append(error)
+            landed.release()
+
+        awaited = sum(partial.when_here(number, land) for number in numbers)
+        self.request(partial, [n for n in numbers if partial.missing(n * CHUNK, 1)], uuid, path, urgent=False)
+        for _ in range(awaited):
+            if not landed.acquire(timeout=deadline_s * 4):
+                raise StoreTimeout(f"{os.fsdecode(path)} of {uuid}: nothing arrived for {deadline_s * 4:.0f} s")
+            if errors:
+                raise errors[0]
+
+    def complete(self, fd: int, uuid: str, path: bytes) -> int:
+        """Bring all of an open file that is still missing; returns the bytes brought. Blocks until it is whole."""
+        partial = self._core.partial(fd)
+        if partial is None:
+            return 0
+        try:
+            missing = partial.missing(0, partial.size)
+            self.bring(partial, missing, uuid, path, self._core.settings.deadline_s)
+            partial.save()
+            return min(len(missing) * CHUNK, partial.size)
+        finally:
+            self._core.release(partial)
+
+
+def check(data: bytes, content: Content, offset: int, where: str) -> None:
+    """Compare whole chunks of a content with their digests. Raises WrongBytes naming the object."""
+    view = memoryview(data)
+    for start in range(0, len(view), CHUNK):
+        number = (offset + start) // CHUNK
+        if blake3(view[start : start + CHUNK]).digest() != content.chunks[number * DIGEST : (number + 1) * DIGEST]:
+            raise WrongBytes(f"{where} does not hold the right bytes at {offset + start}")
+    expected = min(content.size - offset, max(len(view), 1))
+    if len(view) < expected:
+        raise WrongBytes(f"{where} ends early: {offset + len(view)} of {content.size} bytes")
+
+
+def _grouped(numbers: list[int]) -> Iterable[list[int]]:
+    """Neighbouring chunks together, up to one flight, aligned so that later requests fit beside them."""
+    group: list[int] = []
+    for number in numbers:
+        if group and (number != group[-1] + 1 or number % FLIGHT == 0):
+            yield group
+            group = []
+        group.append(number)
+    if group:
+        yield group
+
+
+def read_back(home: Home, replica: Replica, content: Content, deadline_s: float | None = None) -> None:
+    """Prove by reading: every byte of the object is what the content says. Raises WrongBytes, StoreError."""
+    whole = blake3()
+    store = home.store()
+    began = time.monotonic()
+    for offset in range(0, content.size, FLIGHT * CHUNK):
+        length = min(FLIGHT * CHUNK, content.size - offset)
+        with home.watched():
+            data = store.read(replica.key, offset, length)
+        if len(data) != length:
+            raise WrongBytes(f"{replica.key} in {home.name} ends at {offset + len(data)} of {content.size} bytes")
+        whole.update(data)
+        if deadline_s is not None and time.monotonic() - began > deadline_s:
+            raise StoreTimeout(f"{home.name}: reading {replica.key} back took longer than {deadline_s:.0f} s")
+    with home.watched():
+        size = store.stat(replica.key).size
+    if whole.digest() != content.digest or size != content.size:
+        raise WrongBytes(f"{replica.key} in {home.name} does not hold the bytes that were pushed")

@@ -1,0 +1,141 @@
+"""Linux system calls that Python's os module lacks. Used throughout `vfs`; every call here may block as the
+file system it touches does, none touches a network by itself.
+
+Sources: renameat2(2), openat2(2), syncfs(2), fcntl(2) "Leases", fallocate(2).
+"""
+
+import ctypes
+import errno
+import fcntl
+import os
+import signal
+import struct
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_RENAME_NOREPLACE = 1
+_RENAME_EXCHANGE = 2
+_SYS_OPENAT2 = 437  # the same number on every architecture since Linux 5.6
+_RESOLVE_NO_MAGICLINKS = 0x02
+_RESOLVE_NO_SYMLINKS = 0x04
+_RESOLVE_BENEATH = 0x08
+_FALLOC_KEEP_SIZE = 1
+_FALLOC_PUNCH_HOLE = 2
+_F_SETSIG = 10
+AT_FDCWD = -100
+
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_libc.renameat2.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
+_libc.syscall.restype = ctypes.c_long
+
+
+def _check(result: int, name: bytes = b"") -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), name or None)
+    return result
+
+
+def exchange(first: bytes, second: bytes) -> None:
+    """Swap two names of one file system in one step. Both must exist; neither is ever missing."""
+    _check(_libc.renameat2(AT_FDCWD, first, AT_FDCWD, second, _RENAME_EXCHANGE), first)
+
+
+def rename_at(source_fd: int, source: bytes, target_fd: int, target: bytes, flags: int = 0) -> None:
+    """renameat2(2) with the caller's flags (RENAME_NOREPLACE 1, RENAME_EXCHANGE 2)."""
+    _check(_libc.renameat2(source_fd, source, target_fd, target, flags), source)
+
+
+def open_beneath(root: int, path: bytes, flags: int, mode: int = 0) -> int:
+    """Open `path` (relative) below the directory `root`, following no symlink and leaving it by no way.
+
+    Raises OSError as open(2) does: ELOOP or EXDEV where the path would have led outside.
+    """
+    mode = mode if flags & (os.O_CREAT | os.O_TMPFILE) == os.O_CREAT or flags & os.O_CREAT else 0
+    how = struct.pack(
+        "QQQ",
+        flags | os.O_CLOEXEC,
+        mode,
+        _RESOLVE_BENEATH | _RESOLVE_NO_SYMLINKS | _RESOLVE_NO_MAGICLINKS,
+    )
+    return _check(
+        _libc.syscall(
+            ctypes.c_long(_SYS_OPENAT2),
+            ctypes.c_long(root),
+            ctypes.c_char_p(path),
+            ctypes.c_char_p(how),
+            ctypes.c_long(len(how)),
+        ),
+        path,
+    )
+
+
+def sync_filesystem(fd: int) -> None:
+    """syncfs(2): everything written to the file system that holds `fd` is on the disk when this returns."""
+    _check(_libc.syncfs(fd))
+
+
+def punch(fd: int, offset: int, length: int) -> None:
+    """Free the blocks of a range; it reads as zeros, the size stays."""
+    _check(_libc.fallocate(fd, _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE, offset, length))
+
+
+def lease(fd: int) -> bool:
+    """Take a write lease on an open file: True when nobody else has it open or mapped.
+
+    While it is held, an opener waits (up to /proc/sys/fs/lease-break-time, 45 s) until it is given back.
+    Closing the descriptor gives it back. False: somebody has it open. Other errors are raised (a file
+    system without leases cannot tell, so nothing may be dropped there).
+    """
+    # A break is announced with a signal whose default must not end the process: SIGURG is ignored.
+    fcntl.fcntl(fd, _F_SETSIG, signal.SIGURG)
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EBUSY):
+            return False
+        raise
+    return True
+
+
+def lease_held(fd: int) -> bool:
+    """Whether the write lease on `fd` still stands: nobody has tried to open the file since."""
+    return fcntl.fcntl(fd, fcntl.F_GETLEASE) == fcntl.F_WRLCK
+
+
+def owners_of(device: int, inode: int) -> list[tuple[int, str]]:
+    """Processes that have a file open, as (pid, name), as far as /proc lets us see. For messages only."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and _has_open(entry, device, inode):
+            try:
+                with open(f"/proc/{entry}/comm") as file:
+                    found.append((int(entry), file.read().strip()))
+            except OSError:
+                continue
+    return found
+
+
+def _has_open(pid: str, device: int, inode: int) -> bool:
+    if int(pid) == os.getpid():
+        return False
+    try:
+        names = os.listdir(f"/proc/{pid}/fd")
+    except OSError:
+        return False
+    for name in names:
+        try:
+            held = os.stat(f"/proc/{pid}/fd/{name}")
+        except OSError:
+            continue
+        if (held.st_dev, held.st_ino) == (device, inode):
+            return True
+    return False
+
+
+def sync_directory(path: bytes) -> None:
+    """fsync a directory, so that names made in it survive a power cut."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,289 @@
+"""A record's files and their digests: the manifest, as it is kept here and in a store.
+
+Used by push (build, publish, merge), evict (what a home must hold), hydrate (what a content consists of).
+Pure: nothing here touches a disk or a network. This module owns the format of `.runfs/<uuid>/manifest.json`:
+
+    {"format": 1, "uuid": ..., "generation": n, "rows": [index rows], "files": [file...]}
+    file: {"path": text | {"base64": text}, "kind": "file"|"directory"|"symlink"|"other", "mode": int, "mtime_ns": int,
+           "size": bytes, "digest": hex blake3, "key": object, "chunks": base64 of 32-byte blake3 digests, one for
+           each MiB (left out when there is one chunk: it is the digest), "target": text | {"base64"},
+           "same": index of the file this one is a hard link to, "uid", "gid"}
+"""
+
+import base64
+import binascii
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from blake3 import blake3
+
+from vfs.errors import ManifestError
+
+FORMAT = 1
+# Small enough that a random read brings little (100 reads bring 1 % of 10 GiB), large enough that 10 GiB
+# needs 320 kB of digests. Neighbouring chunks travel together.
+CHUNK = 1 << 20
+DIGEST = 32
+KINDS = ("file", "directory", "symlink", "other")
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """One path of a record. `size` in bytes, times in ns since the epoch, `digest` is blake3 of the content."""
+
+    path: bytes
+    kind: str
+    mode: int
+    mtime_ns: int
+    size: int = 0
+    digest: bytes = b""
+    key: str = ""
+    target: bytes = b""
+    uid: int = 0
+    gid: int = 0
+    same: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What one digest stands for: its size in bytes and the blake3 of each MiB, concatenated."""
+
+    digest: bytes
+    size: int
+    chunks: bytes
+
+    def chunk(self, number: int) -> bytes:
+        return self.chunks[number * DIGEST : (number + 1) * DIGEST]
+
+    @property
+    def count(self) -> int:
+        return chunk_count(self.size)
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A record as one home holds it. `files` are ordered by path; `contents` by digest."""
+
+    uuid: str
+    generation: int
+    files: tuple[File, ...]
+    contents: Mapping[bytes, Content] = field(default_factory=dict)
+    rows: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Bytes of all contents, each counted once."""
+        return sum({f.digest: f.size for f in self.files if f.kind == "file"}.values())
+
+    def by_path(self) -> dict[bytes, File]:
+        return {file.path: file for file in self.files}
+
+
+def chunk_count(size: int) -> int:
+    return (size + CHUNK - 1) // CHUNK
+
+
+def digest_of(read: Callable[[int, int], bytes], size: int) -> Content:
+    """Digest `size` bytes given by `read(offset, length)`, whole and by chunk.
+
+    Raises WrongBytes never, EOFError when the source ends early (it was truncated meanwhile).
+    """
+    whole = blake3()
+    chunks = bytearray()
+    for offset in range(0, size, CHUNK):
+        data = read(offset, min(CHUNK, size - offset))
+        if len(data) != min(CHUNK, size - offset):
+            raise EOFError(f"ended at {offset + len(data)} of {size} bytes")
+        whole.update(data)
+        chunks += blake3(data).digest()
+    return Content(whole.digest(), size, bytes(chunks))
+
+
+def _text(value: bytes) -> str | dict[str, str]:
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        return {"base64": base64.b64encode(value).decode("ascii")}
+
+
+def _bytes(value: Any, what: str) -> bytes:
+    if isinstance(value, str):
+        return value.encode("utf-8", "surrogatepass")
+    if isinstance(value, dict) and isinstance(value.get("base64"), str):
+        return base64.b64decode(value["base64"], validate=True)
+    raise ManifestError(f"{what} is neither text nor base64")
+
+
+def dump(manifest: Manifest) -> bytes:
+    """The manifest as it is published: canonical JSON, so that equal manifests are equal bytes."""
+    positions = {file.path: n for n, file in enumerate(manifest.files)}
+    body = {
+        "format": FORMAT,
+        "uuid": manifest.uuid,
+        "generation": manifest.generation,
+        "rows": list(manifest.rows),
+        "files": [_dump_file(file, manifest.contents, positions) for file in manifest.files],
+    }
+    return json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+
+
+def _dump_file(file: File, contents: Mapping[bytes, Content], positions: Mapping[bytes, int]) -> dict[str, Any]:
+    out: dict[str, Any] = {
+        "path": _text(file.path),
+        "kind": file.kind,
+        "mode": file.mode,
+        "mtime_ns": file.mtime_ns,
+        "uid": file.uid,
+        "gid": file.gid,
+    }
+    if file.kind == "file":
+        out |= {"size": file.size, "digest": file.digest.hex(), "key": file.key}
+        if file.size > CHUNK:
+            out["chunks"] = base64.b64encode(contents[file.digest].chunks).decode("ascii")
+        if file.same:
+            out["same"] = positions[file.same]
+    elif file.kind == "symlink":
+        out["target"] = _text(file.target)
+    return out
+
+
+def parse(data: bytes, uuid: str | None = None) -> Manifest:
+    """Read a published manifest. Anything it says is checked: it may come from a store that lies.
+
+    Raises ManifestError naming what is wrong.
+    """
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"the manifest is not JSON: {error}") from error
+    if not isinstance(body, dict) or body.get("format") != FORMAT:
+        raise ManifestError("the manifest has no format this version of runfs knows; upgrade runfs")
+    if uuid is not None and body.get("uuid") != uuid:
+        raise ManifestError(f"the manifest is of record {body.get('uuid')!r}, not of {uuid}")
+    try:
+        return _parse_body(body)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, binascii.Error) as error:
+        raise ManifestError(f"the manifest contradicts itself: {error!r}") from error
+
+
+def _parse_body(body: dict[str, Any]) -> Manifest:
+    raw = body["files"]
+    contents: dict[bytes, Content] = {}
+    files = [_parse_file(item, contents) for item in raw]
+    for position, item in enumerate(raw):
+        if "same" in item:
+            files[position] = replace(files[position], same=_first_of(files, position, int(item["same"])))
+    _check_tree(files)
+    rows = tuple(row for row in body.get("rows", ()) if isinstance(row, dict))
+    return Manifest(str(body["uuid"]), int(body["generation"]), tuple(files), contents, rows)
+
+
+def _first_of(files: list[File], position: int, same: int) -> bytes:
+    other = files[same]
+    if same < 0 or same == position or other.kind != "file" or other.digest != files[position].digest:
+        raise ManifestError("a hard link names a file with other content")
+    return other.path
+
+
+def _parse_file(item: dict[str, Any], contents: dict[bytes, Content]) -> File:
+    path = _bytes(item["path"], "a path")
+    kind = item["kind"]
+    if kind not in KINDS:
+        raise ManifestError(f"unknown kind {kind!r}")
+    file = File(
+        path,
+        kind,
+        int(item["mode"]) & 0o7777,
+        int(item["mtime_ns"]),
+        uid=int(item.get("uid", 0)),
+        gid=int(item.get("gid", 0)),
+    )
+    if kind == "symlink":
+        return replace(file, target=_bytes(item["target"], "a link's target"))
+    if kind != "file":
+        return file
+    size, digest = int(item["size"]), bytes.fromhex(item["digest"])
+    chunks = base64.b64decode(item["chunks"], validate=True) if "chunks" in item else (digest if size else b"")
+    if size < 0 or len(digest) != DIGEST or len(chunks) != chunk_count(size) * DIGEST:
+        raise ManifestError(f"{path!r}: its digests do not fit its size")
+    contents[digest] = Content(digest, size, chunks)
+    return replace(file, size=size, digest=digest, key=str(item["key"]))
+
+
+def _check_tree(files: Iterable[File]) -> None:
+    """Every path is relative and plain, appears once, and lies in directories of the manifest."""
+    seen: dict[bytes, str] = {}
+    for file in files:
+        parts = file.path.split(b"/")
+        if not all(part not in (b"", b".", b"..") and b"\0" not in part and len(part) <= 255 for part in parts):
+            raise ManifestError(f"{file.path!r} is not a plain relative path")
+        if file.path in seen:
+            raise ManifestError(f"{file.path!r} appears twice")
+        seen[file.path] = file.kind
+    for path in seen:
+        parent = path.rpartition(b"/")[0]
+        if parent and seen.get(parent) != "directory":
+            raise ManifestError(f"{path!r} lies in something that is not a directory")
+
+
+def same_tree(one: Manifest, other: Manifest) -> bool:
+    """Whether two manifests describe the same files; object keys and generations may differ."""
+    return [replace(f, key="") for f in one.files] == [replace(f, key="") for f in other.files]
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """A merge of ours onto theirs: the result, what came from them, and what clashed (kept under a second name)."""
+
+    manifest: Manifest
+    taken: tuple[File, ...]
+    clashes: tuple[tuple[bytes, bytes], ...]
+
+
+def merge(base: Manifest | None, ours: Manifest, theirs: Manifest) -> Merge:
+    """Merge what two hosts did to one record since `base`. Nothing of either is lost.
+
+    A path changed on one side only takes that side. A path changed on both sides keeps ours under its name and
+    theirs under `<path>.conflict-<digest>`. A path one side removed and the other changed is kept.
+    """
+    before = base.by_path() if base else {}
+    mine, other = ours.by_path(), theirs.by_path()
+    result, taken, clashes = dict(mine), [], []
+    for path, file in other.items():
+        if _equal(file, mine.get(path)) or _equal(file, before.get(path)):
+            continue
+        if path in mine and not _equal(mine[path], before.get(path)):
+            if file.kind == "directory" and mine[path].kind == "directory":
+                continue
+            second = path + b".conflict-" + (file.digest.hex()[:8].encode() or b"theirs")
+            clashes.append((path, second))
+            file = replace(file, path=second, same=b"")
+        result[file.path] = file
+        taken.append(file)
+    for path in list(result):
+        if path in mine and path not in other and _equal(mine[path], before.get(path)):
+            del result[path]
+    _keep_parents(result, mine, other)
+    files = tuple(result[path] for path in sorted(result))
+    contents = {**theirs.contents, **ours.contents}
+    generation = max(ours.generation, theirs.generation) + 1
+    merged = Manifest(ours.uuid, generation, files, contents, ours.rows or theirs.rows)
+    return Merge(merged, tuple(taken), tuple(clashes))
+
+
+def _keep_parents(result: dict[bytes, File], mine: Mapping[bytes, File], other: Mapping[bytes, File]) -> None:
+    for path in list(result):
+        while parent := path.rpartition(b"/")[0]:
+            if parent not in result:
+                result[parent] = mine.get(parent) or other[parent]
+            path = parent
+
+
+def _equal(one: File, other: File | None) -> bool:
+    if other is None:
+        return False
+    if one.kind == other.kind == "directory":
+        return one.mode == other.mode
+    return replace(one, key="", same=b"") == replace(other, key="", same=b"")

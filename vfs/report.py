@@ -1,0 +1,379 @@
+"""The commands that only look: status, ls, safe, receipts. Each is `(session, args, progress) -> result`.
+
+They ask the index, the journal and the local disk; no store is waited for.
+"""
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from vfs import cache, policy, shadow
+from vfs.core import Core
+from vfs.errors import RunfsError, UnknownRecord
+from vfs.format import run_status
+from vfs.index import Record
+from vfs.push import rows_digest
+from vfs.scan import differs, open_file, walk
+from vfs.units import Unit
+from vfs.where import parse_where
+
+if TYPE_CHECKING:
+    from vfs.session import Progress, Session
+
+
+# --- status ----------------------------------------------------------------------------------------------------
+
+
+def status(session: "Session", args: dict[str, Any], progress: "Progress") -> dict[str, Any]:
+    """What is here, what is away, what moves and who waits; or where one path's bytes are."""
+    if args.get("paths"):
+        paths = [_path_status(session, str(path)) for path in args["paths"]]
+        return {"paths": paths, "exit": int(any(path.get("error") for path in paths))}
+    return {**overview(session), "exit": 0}
+
+
+def overview(session: "Session") -> dict[str, Any]:
+    """The state of the whole mount."""
+    core = session.core
+    sizes = core.journal.sizes()
+    evicted = {row.uuid: row.bytes for row in core.journal.units() if row.state != "evicting"}
+    mountpoint = session.settings.mountpoint
+    dirty = core.units.dirty()
+    total = core.index.count()
+    here = {uuid: size for uuid, (_files, size) in sizes.items() if uuid not in evicted}
+    roots = sum(1 for _ in policy.roots(core)) if total < 20_000 else total
+    return {
+        "mountpoint": str(mountpoint) if mountpoint else None,
+        "index": str(session.settings.index),
+        "records": total,
+        "states": {
+            "resident": {"records": max(roots - len(evicted), 0), "bytes": sum(here.values())},
+            "evicted": {
+                "records": len(evicted),
+                "bytes": sum(evicted.values()),
+                "cached_bytes": shadow.used_bytes(os.fsencode(session.settings.cache_place)) if evicted else 0,
+            },
+            "dirty": {
+                "records": len(dirty),
+                "files": 0,
+                "bytes": sum(sizes.get(unit.uuid, (0, 0))[1] for unit in dirty),
+            },
+        },
+        "moving": core.moves.shown(),
+        "waiting": session.waiting(),
+        "queue": _queue(core),
+        "stores": store_states(core),
+        "warnings": [*session.warnings, *_unlooked(core, sizes, roots)],
+    }
+
+
+def _unlooked(core: Core, sizes: Mapping[str, Any], roots: int) -> list[str]:
+    left = roots - len(sizes)
+    if left <= 0 or not core.homes:
+        return []
+    return [f"{left:,} records were not looked at yet: their sizes are not counted"]
+
+
+def store_states(core: Core) -> list[dict[str, Any]]:
+    """Each store as the last use of it found it; nothing is asked now."""
+    return [
+        {
+            "name": home.name,
+            "url": home.url,
+            "reachable": False if home.error else (True if home.latency_s is not None else None),
+            "latency_ms": home.latency_s * 1000 if home.latency_s is not None else None,
+            "error": home.error,
+        }
+        for home in core.homes
+    ]
+
+
+def _queue(core: Core) -> list[dict[str, Any]]:
+    now = time.time_ns()
+    return [
+        {
+            "uuid": row.uuid,
+            "why": row.why,
+            "since": row.since_ns / 1e9,
+            "attempts": row.attempts,
+            "next_try_s": max(row.next_ns - now, 0) / 1e9,
+            "error": row.error or None,
+        }
+        for row in core.journal.dirty()
+    ]
+
+
+def _path_status(session: "Session", path: str) -> dict[str, Any]:
+    core = session.core
+    try:
+        unit, inside = locate(session, path)
+    except (RunfsError, OSError) as error:
+        return {"path": path, "uuid": None, "kind": None, "state": "unknown", "error": str(error)}
+    stays = session.evictor.stays(unit)
+    common: dict[str, Any] = {
+        "path": path,
+        "uuid": unit.uuid,
+        "pinned": unit.uuid in core.journal.pins(),
+        "live": session.evictor.live(unit) is not None,
+        "dirty": unit.dirty,
+        "stays": [f"{stays.reason}; {stays.advice}"] if stays else [],
+        "error": _error_of(core, unit),
+    }
+    try:
+        return common | (_file_status(core, unit, inside) if inside else _unit_status(core, unit))
+    except OSError as error:
+        return common | {"kind": None, "state": "unknown", "error": error.strerror}
+
+
+def _error_of(core: Core, unit: Unit) -> str | None:
+    return next((row.error for row in core.journal.dirty() if row.uuid == unit.uuid and row.error), None)
+
+
+def locate(session: "Session", path: str) -> tuple[Unit, bytes]:
+    """The unit and the path in it that a uuid, a path in the mount or a path in a working directory means."""
+    core = session.core
+    if "/" not in path and core.index.get(path) is not None:
+        return core.units.place(path)
+    absolute = os.path.abspath(path)
+    mountpoint = str(session.settings.mountpoint or core.journal.note("mountpoint") or "")
+    if mountpoint and (absolute + "/").startswith(mountpoint.rstrip("/") + "/"):
+        name, _slash, rest = absolute[len(mountpoint.rstrip("/")) + 1 :].partition("/")
+        unit, inside = core.units.place(name)
+        return unit, b"/".join(filter(None, (inside, os.fsencode(rest))))
+    return _in_working_directory(core, os.fsencode(absolute))
+
+
+def _in_working_directory(core: Core, path: bytes) -> tuple[Unit, bytes]:
+    for record in policy.roots(core):
+        directory = record.directory
+        if directory is not None and (path + b"/").startswith(directory + b"/"):
+            return core.units.get(record.uuid), path[len(directory) + 1 :]
+    raise UnknownRecord(f"{os.fsdecode(path)} lies in no record of this index and not in its mount")
+
+
+def _file_status(core: Core, unit: Unit, path: bytes) -> dict[str, Any]:
+    fd = open_file(unit.base, path, os.O_RDONLY)
+    try:
+        now = os.fstat(fd)
+        partial = core.in_use(fd)
+        header = cache.read_header(fd)
+    finally:
+        os.close(fd)
+    seen = next((each for each in [core.journal.known(unit.uuid).get(path)] if each), None)
+    local = partial.local_bytes if partial else header.local_bytes if header else now.st_size
+    digest = header.digest if header and not header.changed else seen.file.digest if seen else b""
+    if unit.dirty:
+        state = "dirty"
+    elif header is None or local >= now.st_size:
+        state = "resident"
+    else:
+        state = "partial" if local else "evicted"
+    return {
+        "kind": "directory" if os.path.isdir(os.path.join(unit.base, path)) else "file",
+        "state": state,
+        "size": now.st_size,
+        "local_bytes": local,
+        "digest": digest.hex() or None,
+        "replicas": [
+            {
+                "store": replica.store,
+                "key": replica.key,
+                "verified_at": replica.proven_ns / 1e9 if replica.proven_ns else None,
+                "how": replica.how or None,
+            }
+            for replica in core.journal.replicas(digest)
+        ],
+    }
+
+
+def _unit_status(core: Core, unit: Unit) -> dict[str, Any]:
+    size, local = sizes_of(unit)
+    homes = core.journal.homes(unit.uuid)
+    return {
+        "kind": "record",
+        "state": unit_state(unit, size, local),
+        "size": size,
+        "local_bytes": local,
+        "digest": None,
+        "replicas": [
+            {"store": home.store, "key": "", "verified_at": home.proven_ns / 1e9 or None, "how": "manifest read back"}
+            for home in homes
+        ],
+    }
+
+
+def unit_state(unit: Unit, size: int, local: int) -> str:
+    """One word for where a unit's bytes are."""
+    if unit.dirty:
+        return "dirty"
+    if not unit.evicted:
+        return "resident"
+    return "evicted" if local < size else "hydrated"
+
+
+def sizes_of(unit: Unit) -> tuple[int, int]:
+    """Bytes of a unit's files, and how many of them are here."""
+    size = local = 0
+    for seen in walk(unit.base):
+        if seen.kind != "file":
+            continue
+        size += seen.status.st_size
+        header = cache.read_header(os.path.join(unit.base, seen.path)) if unit.evicted else None
+        local += header.local_bytes if header else seen.status.st_size
+    return size, local
+
+
+# --- ls --------------------------------------------------------------------------------------------------------
+
+
+def ls(session: "Session", args: dict[str, Any], progress: "Progress") -> dict[str, Any]:
+    """The records that were asked for, with what the index and the disk say of them."""
+    core = session.core
+    where = parse_where(args["where"]) if args.get("where") else ()
+    rules = policy.Rules(where=where)
+    pins = core.journal.pins()
+    sizes = core.journal.sizes()
+    records = []
+    for record in _listed(core, args.get("uuids") or ()):
+        known = sizes.get(record.uuid, (0, 0))[1]
+        last = record.updated_at_ns
+        if where and not policy.fulfils(core, record, rules, known, last):
+            continue
+        records.append(_shown(core, record, pins))
+    return {"records": records, "exit": 0}
+
+
+def _listed(core: Core, uuids: Sequence[str]) -> Iterator[Record]:
+    if not uuids:
+        yield from policy.roots(core)
+        return
+    for uuid in uuids:
+        record = core.index.get(uuid)
+        if record is None:
+            raise UnknownRecord(f"the index has no record {uuid}; `runfs ls` shows those it has")
+        yield record
+
+
+def _shown(core: Core, record: Record, pins: set[str]) -> dict[str, Any]:
+    out: dict[str, Any] = {
+        "uuid": record.uuid,
+        "kind": record.kind,
+        "module": record.module,
+        "label": record.label,
+        "created_at": record.created_at_ns / 1e9,
+        "pinned": record.uuid in pins,
+        "nested": len(core.index.nested(record.uuid)),
+    }
+    try:
+        unit, inside = core.units.place(record.uuid)
+        base = os.path.join(unit.base, inside) if inside else unit.base
+        size, local = sizes_of(unit) if not inside else (None, None)
+        state = unit_state(unit, size or 0, local or 0)
+        return out | {"status": run_status(base).value, "state": state, "size": size, "local_bytes": local}
+    except (RunfsError, OSError):
+        return out | {"status": None, "state": "damaged", "size": None, "local_bytes": None}
+
+
+# --- safe ------------------------------------------------------------------------------------------------------
+
+
+def unpushed(core: Core, unit: Unit) -> tuple[int, int]:
+    """Files and bytes of a unit that fewer than `min_copies` homes hold; (0, 0) when it is safe.
+
+    Looks at every file's stat, so it sees also what was written past the mount and not noticed yet.
+    """
+    known = core.journal.known(unit.uuid)
+    homes = [home for home in core.homes if core.journal.home(unit.uuid, home.name) is not None]
+    if len(homes) < core.settings.min_copies:
+        files = [seen for seen in walk(unit.base) if seen.kind == "file"]
+        return max(len(files), 1), sum(seen.status.st_size for seen in files)
+    changed = differs(unit.base, known)
+    if changed:
+        return len(changed), sum(seen.status.st_size for seen in changed if seen.kind == "file")
+    if unit.dirty or not _rows_pushed(core, unit):
+        return 1, 0
+    return 0, 0
+
+
+def _rows_pushed(core: Core, unit: Unit) -> bool:
+    uuids = [unit.uuid, *(record.uuid for record in core.index.nested(unit.uuid))]
+    mark = rows_digest(core.index.rows(uuids))
+    marks = [home.rows for home in core.journal.homes(unit.uuid)]
+    return sum(each == mark for each in marks) >= core.settings.min_copies
+
+
+def safe(session: "Session", args: dict[str, Any], progress: "Progress") -> dict[str, Any]:
+    """Could this machine be lost now?"""
+    from vfs.actions import named_units
+
+    core = session.core
+    unsafe: list[dict[str, Any]] = []
+    files = size = records = 0
+    for unit in named_units(session, args):
+        records += 1
+        if progress.cancelled:
+            break
+        try:
+            unit_files, unit_size = unpushed(core, unit)
+        except (OSError, RunfsError) as error:
+            unsafe.append({"uuid": unit.uuid, "reason": _why(error), "bytes": 0})
+            continue
+        if unit_files:
+            unsafe.append({"uuid": unit.uuid, "reason": _unsafe_reason(core, unit, unit_files), "bytes": unit_size})
+            files, size = files + unit_files, size + unit_size
+    rate = core.moves.push_rate or None
+    return {
+        "safe": not unsafe,
+        "records": records,
+        "files": files,
+        "bytes": size,
+        "unsafe": unsafe,
+        "stores": [home.name for home in core.homes],
+        "rate": rate,
+        "left_s": size / rate if rate else None,
+        "exit": int(bool(unsafe)),
+    }
+
+
+def _why(error: BaseException) -> str:
+    return str(error) if isinstance(error, RunfsError) else f"its directory cannot be read: {error}"
+
+
+def _unsafe_reason(core: Core, unit: Unit, files: int) -> str:
+    error = _error_of(core, unit)
+    count = "1 file" if files == 1 else f"{files:,} files"
+    return f"{count} to push" + (f"; the last try failed: {error}" if error else "")
+
+
+def receipts(session: "Session", args: dict[str, Any], progress: "Progress") -> dict[str, Any]:
+    """The kept proofs, newest first."""
+    found: list[dict[str, Any]] = []
+    for uuid in args.get("uuids") or [None]:
+        found += session.core.journal.receipts(uuid)
+    shown = [
+        {
+            "id": each["id"],
+            "at": each["at_ns"] / 1e9,
+            "what": each["what"],
+            "uuid": each["uuid"],
+            "store": each["store"] or None,
+            "files": each["files"],
+            "bytes": each["bytes"],
+            "digest": each["digest"],
+            "proof": _proof_text(each["proof"]),
+        }
+        for each in found
+    ]
+    return {"receipts": shown, "exit": 0}
+
+
+def _proof_text(proof: Mapping[str, Any]) -> str:
+    parts = []
+    for store, said in proof.items():
+        if isinstance(said, Mapping):
+            when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(said["verified_at_ns"] / 1e9))
+            parts.append(f"{store}: {' and '.join(filter(None, said['how'])) or 'nothing to prove'} at {when}")
+        else:
+            parts.append(f"{store} {said}")
+    return "; ".join(parts)

@@ -1,0 +1,225 @@
+"""Read a unit's tree and tell what changed since it was last digested. Used by push, evict and verify.
+
+Blocks as the local disk does; digesting reads whole files. Follows no symlink, so a record cannot lead us out of it.
+"""
+
+import os
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from vfs import cache, linux
+from vfs.errors import DamagedRecord
+from vfs.journal import Known
+from vfs.manifest import Content, File, digest_of
+
+_ATTEMPTS = 3  # to read a file that is being written to, before it is left for later
+
+
+class Changing(DamagedRecord):
+    """A file went on changing while it was read; its bytes are taken at the next push."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One path as it is on the disk now."""
+
+    path: bytes
+    status: os.stat_result
+    target: bytes = b""
+
+    @property
+    def kind(self) -> str:
+        return kind_of(self.status.st_mode)
+
+    def matches(self, known: Known) -> bool:
+        """Whether the file is the very one that was digested, untouched since."""
+        status, file = self.status, known.file
+        return (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns) == (
+            known.inode,
+            file.size if file.kind == "file" else status.st_size,
+            file.mtime_ns,
+            known.ctime_ns,
+        ) and self.kind == file.kind
+
+
+def kind_of(mode: int) -> str:
+    """A manifest's word for a file type."""
+    for test, kind in ((stat.S_ISREG, "file"), (stat.S_ISDIR, "directory"), (stat.S_ISLNK, "symlink")):
+        if test(mode):
+            return kind
+    return "other"
+
+
+def walk(root: bytes) -> Iterator[Seen]:
+    """Every path below `root`, parents before children, in byte order within a directory.
+
+    What vanishes while we look is left out. Raises OSError when `root` itself cannot be read.
+    """
+    fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    yield from _walk(fd, b"")
+
+
+def _walk(fd: int, prefix: bytes) -> Iterator[Seen]:
+    try:
+        with os.scandir(fd) as entries:
+            names = sorted(os.fsencode(entry.name) for entry in entries)
+        for name in names:
+            try:
+                seen = _see(fd, prefix + name, name)
+            except FileNotFoundError:
+                continue
+            yield seen
+            if stat.S_ISDIR(seen.status.st_mode):
+                try:
+                    child = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+                except (FileNotFoundError, NotADirectoryError):
+                    continue
+                yield from _walk(child, prefix + name + b"/")
+    finally:
+        os.close(fd)
+
+
+def _see(fd: int, path: bytes, name: bytes) -> Seen:
+    status = os.stat(name, dir_fd=fd, follow_symlinks=False)
+    target = os.readlink(name, dir_fd=fd) if stat.S_ISLNK(status.st_mode) else b""
+    return Seen(path, status, os.fsencode(target))
+
+
+def differs(root: bytes, known: Mapping[bytes, Known]) -> list[Seen]:
+    """What is not as it was digested, told by its stat alone; a vanished path counts through its directory."""
+    changed, left = [], set(known)
+    for seen in walk(root):
+        left.discard(seen.path)
+        item = known.get(seen.path)
+        if item is None or not (seen.matches(item) or seen.kind == item.file.kind == "directory"):
+            changed.append(seen)
+    if left:
+        changed.append(Seen(min(left), os.lstat(root)))
+    return changed
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """A unit's files with their digests, `unsettled` paths that went on changing, and contents digested anew."""
+
+    known: tuple[Known, ...]
+    contents: Mapping[bytes, Content]
+    unsettled: tuple[bytes, ...]
+    changed: int
+
+    @property
+    def files(self) -> tuple[File, ...]:
+        return tuple(known.file for known in self.known)
+
+
+def scan(
+    root: bytes,
+    before: Mapping[bytes, Known],
+    *,
+    content: Callable[[bytes], Content | None],
+    hydrate: Callable[[bytes], None] | None = None,
+) -> Scan:
+    """Describe the tree at `root`, digesting only what is not what `before` says.
+
+    `content(digest)` gives what is known of a digest; `hydrate(path)` is called for a placeholder that was written
+    to in part and must be whole to be digested. Raises OSError, NoReplica (from `hydrate`).
+    """
+    known: list[Known] = []
+    contents: dict[bytes, Content] = {}
+    unsettled: list[bytes] = []
+    first_link: dict[tuple[int, int], bytes] = {}
+    changed = 0
+    for seen in walk(root):
+        old = before.get(seen.path)
+        same = b""
+        if seen.kind == "file" and seen.status.st_nlink > 1:
+            identity = (seen.status.st_dev, seen.status.st_ino)
+            same = first_link.setdefault(identity, seen.path)
+            same = b"" if same == seen.path else same
+        if old is not None and seen.matches(old) and (not old.file.digest or content(old.file.digest)):
+            known.append(replace(old, file=replace(_describe(seen), digest=old.file.digest, same=same)))
+            continue
+        changed += 1
+        if seen.kind != "file":
+            known.append(Known(_describe(seen), seen.status.st_ino, seen.status.st_ctime_ns))
+            continue
+        try:
+            taken, status = _take(root, seen, content, hydrate)
+        except FileNotFoundError:
+            continue
+        except Changing:
+            unsettled.append(seen.path)
+            if old is None or old.file.kind != "file":
+                continue
+            known.append(replace(old, ctime_ns=0))  # the last content that was whole; looked at again next time
+            continue
+        contents[taken.digest] = taken
+        file = replace(_describe(replace(seen, status=status)), digest=taken.digest, size=taken.size, same=same)
+        known.append(Known(file, status.st_ino, status.st_ctime_ns))
+    return Scan(tuple(known), contents, tuple(unsettled), changed + max(0, len(before) - len(known)))
+
+
+def reader(fd: int) -> Callable[[int, int], bytes]:
+    """`read(offset, length)` on an open file."""
+
+    def read(offset: int, length: int) -> bytes:
+        return os.pread(fd, length, offset)
+
+    return read
+
+
+def _describe(seen: Seen) -> File:
+    status = seen.status
+    return File(
+        seen.path,
+        seen.kind,
+        stat.S_IMODE(status.st_mode),
+        status.st_mtime_ns,
+        status.st_size if seen.kind == "file" else 0,
+        target=seen.target,
+        uid=status.st_uid,
+        gid=status.st_gid,
+    )
+
+
+def _take(
+    root: bytes,
+    seen: Seen,
+    content: Callable[[bytes], Content | None],
+    hydrate: Callable[[bytes], None] | None,
+) -> tuple[Content, os.stat_result]:
+    """Digest one file, or take a placeholder's word for it. Raises Changing when it will not stand still."""
+    for attempt in range(_ATTEMPTS):
+        fd = open_file(root, seen.path, os.O_RDONLY)
+        try:
+            header = cache.read_header(fd)
+            if header is not None:
+                if not header.changed and (known := content(header.digest)) is not None:
+                    return known, os.fstat(fd)
+                if hydrate is None:
+                    raise DamagedRecord(f"{os.fsdecode(seen.path)} is not whole and cannot be completed here")
+                hydrate(seen.path)
+                continue
+            before = os.fstat(fd)
+            try:
+                digested = digest_of(reader(fd), before.st_size)
+            except EOFError:
+                continue
+            after = os.fstat(fd)
+        finally:
+            os.close(fd)
+        if (before.st_mtime_ns, before.st_ctime_ns) == (after.st_mtime_ns, after.st_ctime_ns):
+            return digested, after
+        if attempt == _ATTEMPTS - 1 and after.st_size > before.st_size:
+            return digested, before  # a log that grows: what it held when we began, and dirty still
+    raise Changing(f"{os.fsdecode(seen.path)} went on changing while it was read")
+
+
+def open_file(root: bytes, path: bytes, flags: int) -> int:
+    """Open a path below `root` without following any link."""
+    top = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return linux.open_beneath(top, path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+    finally:
+        os.close(top)

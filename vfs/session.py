@@ -1,0 +1,128 @@
+"""One open index with everything around it: what the daemon serves and what commands run in without one.
+
+`Session.open` blocks on local disks; `run` blocks as long as its command does, so the daemon calls it in worker
+threads. Results are dicts that JSON can hold: the command line renders them, scripts read them.
+"""
+
+import logging
+import os
+import resource
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from vfs import actions, doctor, report
+from vfs.core import Core
+from vfs.errors import UsageError
+from vfs.evict import Evictor
+from vfs.hydrate import Hydrator
+from vfs.index import Index
+from vfs.journal import Journal
+from vfs.push import Pusher
+from vfs.settings import Settings
+from vfs.units import point
+
+log = logging.getLogger(__name__)
+
+
+class Progress(Protocol):
+    """What a running command tells; `cancelled` when nobody listens any more."""
+
+    @property
+    def cancelled(self) -> bool: ...
+
+    def __call__(self, event: dict[str, Any], /) -> None: ...
+
+
+class Session:
+    """The parts of runfs around one index. Close it, or use `contextlib.closing`."""
+
+    def __init__(self, settings: Settings, index: Index, journal: Journal) -> None:
+        self.settings = settings
+        self.core = Core(settings, index, journal)
+        self.hydrator = Hydrator(self.core)
+        self.pusher = Pusher(self.core, self.hydrator)
+        self.evictor = Evictor(self.core, self.pusher, self.hydrator)
+        self.warnings: list[str] = []
+        self.waiting: Callable[[], list[dict[str, Any]]] = list  # the daemon knows who waits
+        self.stopping = threading.Event()
+
+    @classmethod
+    def open(cls, settings: Settings, *, role: str = "command") -> "Session":
+        """Open an index and runfs's state of it, and finish what a crash interrupted.
+
+        Raises IndexUnavailable, JournalLocked (another process serves this index), JournalError.
+        """
+        index = Index.open(settings.index, create=settings.create_index)
+        try:
+            journal = Journal(settings.state)
+        except BaseException:
+            index.close()
+            raise
+        journal.holder(f"process {os.getpid()} ({role}{f' of {settings.mountpoint}' if settings.mountpoint else ''})")
+        _raise_descriptors()
+        session = cls(settings, index, journal)
+        try:
+            session._start(role)
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+    def _start(self, role: str) -> None:
+        if self.settings.mountpoint is not None:
+            self.core.journal.set_note("mountpoint", str(self.settings.mountpoint))
+            if not self.settings.read_only:
+                point(self.core.link, os.fsencode(self.settings.mountpoint))
+        for sentence in self.evictor.recover():
+            log.warning("%s", sentence)
+            if role == "daemon":
+                self.warnings.append(sentence)
+        self.warnings += self.core.units.load_dirty()
+        self.put_rows_back()
+
+    def put_rows_back(self) -> list[str]:
+        """Give evicted records back to an index that machinable dropped and rebuilt; the uuids put back."""
+        return actions.put_rows_back(self.core)
+
+    def close(self) -> None:
+        """Stop what runs and let go of everything. What was not pushed stays in the journal."""
+        self.stopping.set()
+        self.hydrator.close()
+        self.pusher.close()
+        self.evictor.close()
+        self.core.close()
+
+    def run(self, command: str, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        """Run one command of `COMMANDS`. Raises RunfsError; UsageError for an unknown command."""
+        call = COMMANDS.get(command)
+        if call is None:
+            raise UsageError(f"no command {command!r}; there are {', '.join(sorted(COMMANDS))}")
+        return call(self, args, progress)
+
+
+Command = Callable[[Session, dict[str, Any], Progress], dict[str, Any]]
+
+COMMANDS: dict[str, Command] = {
+    "status": report.status,
+    "ls": report.ls,
+    "safe": report.safe,
+    "receipts": report.receipts,
+    "evict": actions.evict,
+    "hydrate": actions.hydrate,
+    "pin": actions.pin,
+    "unpin": actions.unpin,
+    "push": actions.push,
+    "verify": actions.verify,
+    "reindex": actions.reindex,
+    "import": actions.import_,
+    "stores": doctor.stores,
+    "doctor": doctor.doctor,
+}
+
+
+def _raise_descriptors() -> None:
+    """Allow as many open files as the system lets us: leases and handles take one each."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

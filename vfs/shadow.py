@@ -1,0 +1,212 @@
+"""The shadow directory of an evicted unit: a real tree of small files and placeholders. Used by evict, restore, merge.
+
+Local disk only. What is built is not synced file by file: the caller calls `linux.sync_filesystem` once.
+"""
+
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+
+from vfs import cache, linux
+from vfs.errors import Full
+from vfs.journal import Known
+from vfs.manifest import File
+
+
+def parent_of(root: bytes, path: bytes) -> tuple[int, bytes]:
+    """An open descriptor of the directory that holds `path` below `root`, and the last name."""
+    directory, _slash, name = path.rpartition(b"/")
+    top = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    if not directory:
+        return top, name
+    try:
+        return linux.open_beneath(top, directory, os.O_PATH | os.O_DIRECTORY), name
+    finally:
+        os.close(top)
+
+
+def add_file(root: bytes, file: File, *, replace_existing: bool = False) -> int | None:
+    """Make one path of a manifest below `root`: a directory, a link, or a placeholder whose open descriptor is
+    returned. An existing file is replaced in one step where asked, else FileExistsError."""
+    directory, name = parent_of(root, file.path)
+    try:
+        if replace_existing and file.kind != "directory":
+            temporary = b".runfs-new-" + name[:200]
+            with suppress(FileNotFoundError):
+                os.unlink(temporary, dir_fd=directory)
+            fd = _make(directory, temporary, file)
+            os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+            return fd
+        return _make(directory, name, file)
+    finally:
+        os.close(directory)
+
+
+def _make(directory: int, name: bytes, file: File) -> int | None:
+    if file.kind == "directory":
+        with suppress(FileExistsError):
+            os.mkdir(name, 0o700, dir_fd=directory)
+        os.chmod(name, file.mode, dir_fd=directory)
+        _own(directory, name, file)
+        return None
+    if file.kind == "symlink":
+        os.symlink(file.target, name, dir_fd=directory)
+        _own(directory, name, file)
+        os.utime(name, ns=(file.mtime_ns, file.mtime_ns), dir_fd=directory, follow_symlinks=False)
+        return None
+    if file.kind == "other":
+        os.mknod(name, file.mode | stat.S_IFIFO, dir_fd=directory)
+        return None
+    fd = cache.make_placeholder(directory, name, file.digest, file.size, file.mode)
+    _own(directory, name, file)
+    os.fchmod(fd, file.mode)  # again: a change of owner clears set-id bits
+    os.utime(fd, ns=(file.mtime_ns, file.mtime_ns))
+    return fd
+
+
+def _own(directory: int, name: bytes, file: File) -> None:
+    if os.geteuid() == 0:
+        os.chown(name, file.uid, file.gid, dir_fd=directory, follow_symlinks=False)
+
+
+def build(
+    shadow: bytes, known: Mapping[bytes, Known], keep: Callable[[File], bool], source: bytes | None
+) -> dict[bytes, int]:
+    """Make the shadow of a unit: files that `keep` says are taken from `source` (linked, or copied where it is another
+    file system), all others become placeholders. Returns the inode of each kept file, by path.
+
+    A shadow left by an earlier attempt is replaced. Raises Full, OSError.
+    """
+    remove(shadow)
+    os.makedirs(os.path.dirname(shadow), mode=0o700, exist_ok=True)
+    os.mkdir(shadow, 0o700)
+    kept: dict[bytes, int] = {}
+    try:
+        for path, item in sorted(known.items(), key=lambda pair: (bool(pair[1].file.same), pair[0])):
+            file = item.file  # second names of a file after all first ones
+            if file.same and file.same in known:
+                _link(shadow, file.same, shadow, path)
+            elif source is not None and file.kind == "file" and keep(file):
+                kept[path] = _keep(source, shadow, path)
+            elif source is not None and file.kind == "other":
+                _link(source, path, shadow, path)
+            else:
+                fd = add_file(shadow, file)
+                if fd is not None:
+                    os.close(fd)
+        settle_directories(shadow, (item.file for item in known.values()))
+        if source is not None:
+            shutil.copystat(source, shadow, follow_symlinks=False)
+    except OSError as error:
+        remove(shadow)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise Full(f"no space for the names of an evicted record in {os.fsdecode(shadow)}") from error
+        raise
+    return kept
+
+
+def settle_directories(root: bytes, files: Iterable[File]) -> None:
+    """Give directories their times: last, since each name made in them changes these."""
+    for file in sorted((f for f in files if f.kind == "directory"), key=lambda f: f.path, reverse=True):
+        directory, name = parent_of(root, file.path)
+        try:
+            os.utime(name, ns=(file.mtime_ns, file.mtime_ns), dir_fd=directory, follow_symlinks=False)
+        finally:
+            os.close(directory)
+
+
+def _keep(source: bytes, shadow: bytes, path: bytes) -> int:
+    try:
+        _link(source, path, shadow, path)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EMLINK, errno.EPERM):
+            raise
+        copy_file(source, shadow, path)
+    directory, name = parent_of(shadow, path)
+    try:
+        return os.stat(name, dir_fd=directory, follow_symlinks=False).st_ino
+    finally:
+        os.close(directory)
+
+
+def _link(source_root: bytes, source: bytes, target_root: bytes, target: bytes) -> None:
+    source_fd, source_name = parent_of(source_root, source)
+    try:
+        target_fd, target_name = parent_of(target_root, target)
+        try:
+            os.link(source_name, target_name, src_dir_fd=source_fd, dst_dir_fd=target_fd, follow_symlinks=False)
+        finally:
+            os.close(target_fd)
+    finally:
+        os.close(source_fd)
+
+
+def copy_file(source_root: bytes, target_root: bytes, path: bytes) -> None:
+    """Copy one file with mode, owner, times and attributes, following no link."""
+    source_fd, name = parent_of(source_root, path)
+    target_fd, _name = parent_of(target_root, path)
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=source_fd)
+        out = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=target_fd)
+        try:
+            status = os.fstat(fd)
+            position = 0
+            while copied := os.copy_file_range(fd, out, 8 << 20, position, position):
+                position += copied
+            if os.geteuid() == 0:
+                os.fchown(out, status.st_uid, status.st_gid)
+            os.fchmod(out, stat.S_IMODE(status.st_mode))
+            for attribute in os.listxattr(fd):
+                if attribute.startswith("user.") and attribute != cache.ATTRIBUTE:
+                    os.setxattr(out, attribute, os.getxattr(fd, attribute))
+            os.utime(out, ns=(status.st_atime_ns, status.st_mtime_ns))
+        finally:
+            os.close(fd)
+            os.close(out)
+    finally:
+        os.close(source_fd)
+        os.close(target_fd)
+
+
+def copy_whole(source: bytes, target: bytes, known: Iterable[File]) -> None:
+    """Make at `target` the tree that `source` holds, by linking where the file system allows, else by copying.
+
+    Every file of `source` must be whole. The `.machinable` markers come last, so that nobody finds half a record.
+    """
+    files = sorted(
+        known, key=lambda file: (bool(file.same), file.path.rpartition(b"/")[2] == b".machinable", file.path)
+    )
+    os.mkdir(target, 0o700)
+    for file in files:
+        if file.kind == "directory":
+            add_file(target, file)
+    for file in files:
+        if file.kind == "directory":
+            continue
+        if file.same:
+            _link(target, file.same, target, file.path)
+        elif file.kind == "symlink":
+            add_file(target, file)
+        else:
+            _keep(source, target, file.path)
+    settle_directories(target, files)
+    shutil.copystat(source, target, follow_symlinks=False)
+
+
+def remove(tree: bytes) -> None:
+    """Remove a tree that may be gone. Follows no link."""
+    if os.path.lexists(tree):
+        shutil.rmtree(tree)
+
+
+def used_bytes(tree: bytes) -> int:
+    """Bytes a tree occupies on the disk."""
+    total = 0
+    for directory, _names, files in os.walk(tree):
+        for name in files:
+            with suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(directory, name)).st_blocks * 512
+    return total

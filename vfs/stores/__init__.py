@@ -1,0 +1,142 @@
+"""Stores, and the registry of their types (brokers).
+
+Used by the session and the command line: `open_store("s3://bucket/prefix")`. Opening may import a broker's
+module (and whatever an installed package registered as an entry point); it asks no remote store anything.
+
+A package adds a type of store with an entry point in the group `runfs.brokers`:
+
+    [project.entry-points."runfs.brokers"]
+    globus = "my_package.stores:Broker"
+
+and `globus://...` is its URL. A broker is an object, or a class without arguments, as `protocol.Broker` says.
+It is imported when a URL first asks for it; one that does not import never disturbs the others.
+"""
+
+import importlib
+import threading
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+from vfs.errors import ConfigError
+from vfs.stores.protocol import Broker, Check, Info, Stat, Store
+
+__all__ = [
+    "GROUP",
+    "Broker",
+    "Check",
+    "Info",
+    "Stat",
+    "Store",
+    "broker",
+    "brokers",
+    "open_store",
+    "register",
+    "validate",
+]
+
+GROUP = "runfs.brokers"
+REMOTE = "remote"  # takes every scheme that opendal has and nobody else claims
+
+_BUILT_IN = {"file": "vfs.stores.file", "memory": "vfs.stores.memory", REMOTE: "vfs.stores.remote"}
+_registered: dict[str, Broker] = {}
+_lock = threading.RLock()  # importing a broker may register others
+
+
+def register(name: str, broker: Broker | type[Broker]) -> None:
+    """Add a type of store. Raises ConfigError when the name is taken by another one, or it is no broker."""
+    made = broker() if isinstance(broker, type) else broker
+    if not isinstance(made, Broker):
+        raise ConfigError(f"broker {name}: {type(made).__name__} has no schemes, validate and open")
+    with _lock:
+        present = _registered.get(name)
+        if present is not None and type(present) is not type(made):
+            raise ConfigError(
+                f"broker {name}: registered twice, by {_origin(present)} and {_origin(made)}; remove one of them"
+            )
+        _registered[name] = made
+
+
+def brokers() -> list[str]:
+    """The names of all brokers there are, sorted; none is imported for it."""
+    with _lock:
+        return sorted({*_registered, *_BUILT_IN, *_entry_points()})
+
+
+def broker(name: str) -> Broker:
+    """The broker with this name. Raises ConfigError when there is none, or its package does not import."""
+    with _lock:
+        if name not in _registered:
+            register(name, _load(name))
+        return _registered[name]
+
+
+def open_store(
+    url_or_config: str | Mapping[str, Any], name: str | None = None, options: Mapping[str, Any] | None = None
+) -> Store:
+    """The store for a URL, or for a mapping with `url` and options in it. `name`: what people see. Raises
+    ConfigError naming what is wrong, Unreachable for a local store whose disk is not there."""
+    config = _config(url_or_config, name, options)
+    chosen = _choose(config)
+    chosen.validate(config)
+    return chosen.open(config)
+
+
+def validate(
+    url_or_config: str | Mapping[str, Any], name: str | None = None, options: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Warnings about a store's configuration. Raises ConfigError. Opens no connection."""
+    config = _config(url_or_config, name, options)
+    return _choose(config).validate(config)
+
+
+def _config(
+    url_or_config: str | Mapping[str, Any], name: str | None, options: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    given: dict[str, Any] = {"url": url_or_config} if isinstance(url_or_config, str) else dict(url_or_config)
+    nested: Mapping[str, Any] = given.pop("options", None) or {}
+    config = {**given, **nested, **(options or {})}
+    if name is not None:
+        config["name"] = name
+    return config
+
+
+def _choose(config: Mapping[str, Any]) -> Broker:
+    named = config.get("broker")
+    if named is not None:
+        return broker(str(named))
+    url = config.get("url")
+    scheme = url.split("://", 1)[0].lower() if isinstance(url, str) and "://" in url else ""
+    if not scheme:
+        raise ConfigError("a store needs a url such as s3://bucket/prefix or file:///directory")
+    if scheme in brokers() and scheme != REMOTE:
+        return broker(scheme)
+    return _by_scheme(scheme) or broker(REMOTE)
+
+
+def _by_scheme(scheme: str) -> Broker | None:
+    with _lock:
+        return next(
+            (each for name, each in sorted(_registered.items()) if name != REMOTE and scheme in each.schemes), None
+        )
+
+
+def _load(name: str) -> Any:
+    if name in _BUILT_IN:  # works from a checkout too, and an installed package cannot take these names
+        return importlib.import_module(_BUILT_IN[name]).Broker
+    found = _entry_points().get(name)
+    if found is None:
+        raise ConfigError(f"broker {name}: not known; there are {', '.join(brokers())}")
+    try:
+        return found.load()
+    except Exception as error:  # somebody else's package: whatever it raises, the message names it
+        package = found.dist.name if found.dist is not None else "an unknown package"
+        raise ConfigError(f"broker {name} from {package} cannot be loaded: {error}") from error
+
+
+def _entry_points() -> dict[str, metadata.EntryPoint]:
+    return {each.name: each for each in metadata.entry_points(group=GROUP)}
+
+
+def _origin(broker: Broker) -> str:
+    return f"{type(broker).__module__}.{type(broker).__qualname__}"

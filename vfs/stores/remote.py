@@ -1,0 +1,288 @@
+"""Remote stores: S3 and every other engine that opendal has, with our own deadlines, retries and error
+sentences.
+
+Used through `open_store("s3://...")`. Every method blocks its caller, at most for the call's deadline and
+`event_loop`'s margin; the waiting itself happens on the one asyncio thread (`remote_calls.py`).
+
+Changes are sent at least once: a conditional write that was tried again may find its own first try, so what
+is there is compared with what was sent before a lost race is reported. A write's answer is never taken from a
+later writer: where the store's checksum is not ours, the bytes are read back.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from opendal.types import Entry, Metadata
+
+from vfs.errors import Conflict, NotFound, StoreError, UsageError
+from vfs.stores import checksums, keys, remote_config, urls
+from vfs.stores.limits import Budget, Limits, read_limits
+from vfs.stores.probing import check_store
+from vfs.stores.protocol import Check, Info, Stat
+from vfs.stores.remote_calls import Calls, Condition, MaybeOurs
+from vfs.stores.remote_config import Target
+
+WHOLE_LIMIT = 512 * 1024 * 1024  # bytes; engines without multipart uploads need the object in memory
+COPY_LIMIT = 5 * 1024 * 1024 * 1024  # bytes; S3's limit for one server-side copy
+PROBLEMS_KEPT = 100
+
+
+class RemoteStore:
+    """A store behind opendal. Made by `Broker.open`."""
+
+    def __init__(self, target: Target, limits: Limits) -> None:
+        self.name = target.name
+        self.url = target.url
+        self.problems: list[str] = []
+        self._target = target
+        self._limits = limits
+        self._calls = Calls(target, limits)
+
+    def info(self) -> Info:
+        can = self._calls.can
+        return Info(
+            broker="remote",
+            ranges=True,
+            conditional_write=self._calls.conditional,
+            atomic_replace=not self._calls.by_rename,
+            server_copy=can.copy,
+            checksum=checksums.MD5 if self._target.scheme == "s3" else None,
+            read_only=self._target.read_only or not can.write,
+        )
+
+    def check(self) -> Check:
+        return check_store(self)
+
+    def close(self) -> None:
+        self._calls.closed = True
+
+    def stat(self, key: str, *, deadline: float | None = None) -> Stat:
+        keys.check_readable(key)
+        return self._stat(key, self._limits.budget(deadline))
+
+    def read(self, key: str, start: int = 0, length: int | None = None, *, deadline: float | None = None) -> bytes:
+        keys.check_readable(key)
+        if start < 0 or (length is not None and length < 0):
+            raise UsageError(f"{self.name}: read {key}: start and length must not be negative")
+        if length == 0:
+            return b""
+        budget = self._limits.budget(deadline, length or 0)
+        if length is None and deadline is None:
+            size = self._stat(key, budget).size - start  # how long it may take depends on how much it is
+            budget = self._limits.budget(None, max(0, size))
+        return self._calls.read(key, start, length, budget)
+
+    def write(
+        self,
+        key: str,
+        data: bytes,
+        *,
+        if_absent: bool = False,
+        if_version: str | None = None,
+        deadline: float | None = None,
+    ) -> Stat:
+        self._check_change("write", key)
+        if len(data) > checksums.PART and self._calls.can.write_can_multi:
+            view = memoryview(data)
+            return self.upload(
+                key,
+                lambda offset, length: bytes(view[offset : offset + length]),
+                len(data),
+                if_absent=if_absent,
+                if_version=if_version,
+                deadline=deadline,
+            )
+        return self._write(key, data, if_absent, if_version, self._limits.budget(deadline, len(data)))
+
+    def upload(
+        self,
+        key: str,
+        source: Callable[[int, int], bytes],
+        size: int,
+        *,
+        if_absent: bool = False,
+        if_version: str | None = None,
+        progress: Callable[[int], None] | None = None,
+        deadline: float | None = None,
+    ) -> Stat:
+        self._check_change("upload", key)
+        budget = self._limits.budget(deadline, size)
+        if checksums.part_count(size) == 1 or not self._calls.can.write_can_multi:
+            if size > WHOLE_LIMIT:
+                raise StoreError(
+                    f"{self.name}: {key} has {size} bytes; this type of store takes at most {WHOLE_LIMIT} at once"
+                )
+            stat = self._write(key, self._piece(key, source, 0, size), if_absent, if_version, budget)
+            if progress is not None:
+                progress(size)
+            return stat
+        return self._upload_parts(key, source, size, if_absent, if_version, progress, budget)
+
+    def list(self, prefix: str = "", *, deadline: float | None = None) -> Iterator[Stat]:
+        reason = keys.why_not_readable(prefix.removesuffix("/")) if prefix else None
+        if reason is not None:
+            raise UsageError(f"{self.name}: list: the prefix {prefix!r} {reason}")
+        for entries in self._calls.pages(prefix, deadline):
+            for entry in entries:
+                stat = self._listed(entry, prefix)
+                if stat is not None:
+                    yield stat
+
+    def delete(self, key: str, *, deadline: float | None = None) -> None:
+        keys.check_readable(key)
+        self._check_change("delete")
+        self._calls.delete(key, self._limits.budget(deadline))
+
+    def copy(self, source: str, target: str, *, if_absent: bool = False, deadline: float | None = None) -> Stat:
+        """As the protocol says. No engine copies on a condition: with `if_absent` the bytes travel through
+        this machine, so that the store itself decides; without it the store copies alone, up to 5 GiB."""
+        keys.check_readable(source)
+        self._check_change("copy", target)
+        found = self._stat(source, self._limits.budget(deadline))
+        if if_absent or not self._calls.can.copy or found.size > COPY_LIMIT:
+            return self._copy_through_here(found, target, if_absent, deadline)
+        budget = self._limits.budget(deadline, found.size)
+        self._calls.copy(source, target, found.size, budget)
+        return self._stat(target, budget)
+
+    def _check_change(self, operation: str, key: str | None = None) -> None:
+        if key is not None:
+            keys.check_writable(key)
+        if self._target.read_only or not self._calls.can.write:
+            raise urls.read_only_error(self.name, operation)
+
+    def _stat(self, key: str, budget: Budget) -> Stat:
+        found = self._calls.stat(key, budget)
+        if found.mode.is_dir():
+            raise NotFound(f"{self.name}: stat {key}: there is no such object")
+        return self._described(key, found)
+
+    def _described(self, key: str, found: Metadata) -> Stat:
+        modified = found.last_modified
+        nanoseconds = None if modified is None else int(modified.timestamp()) * 10**9 + modified.microsecond * 1000
+        version = found.etag or found.version
+        size = found.content_length
+        checksum = checksums.from_etag(found.etag, size) if self._target.scheme == "s3" else None
+        return Stat(key, size, version or f"{nanoseconds}-{size}", nanoseconds, checksum)
+
+    def _listed(self, entry: Entry, prefix: str) -> Stat | None:
+        """What a listing's entry says, or None where it is no object, or one that could not be asked for by
+        that name."""
+        if entry.metadata.mode.is_dir() or entry.path.endswith("/"):
+            return None
+        reason = keys.why_not_readable(entry.path)
+        if reason is None and entry.path.startswith(prefix):
+            return self._described(entry.path, entry.metadata)
+        if reason is not None and len(self.problems) < PROBLEMS_KEPT:
+            self.problems.append(f"{self.name}: left out of the listing: {entry.path[:200]!r} {reason}")
+        return None
+
+    # Changes
+    # ----------------------------------------------------------------------------------------------------------
+
+    def _write(self, key: str, data: bytes, if_absent: bool, if_version: str | None, budget: Budget) -> Stat:
+        condition = self._condition(key, if_absent, if_version, budget)
+        try:
+            self._calls.write(key, data, condition, budget)
+        except MaybeOurs as lost:
+            return self._settled(key, data, lost, budget)
+        lost_race = Conflict(f"{self.name}: write {key}: written, and replaced by somebody else at once")
+        return self._settled(key, data, lost_race if if_absent or if_version else None, budget)
+
+    def _settled(self, key: str, data: bytes, lost: Conflict | None, budget: Budget) -> Stat:
+        """What the store has under the key after `data` was written; raises `lost`, if given, when that is
+        something else."""
+        stat = self._stat(key, budget)
+        if stat.checksum == checksums.Checksum.of(data).value():
+            return replace(stat, verified=True)
+        same = stat.size == len(data) and self._calls.read(key, 0, None, budget) == data
+        if same and self._stat(key, budget).version == stat.version:
+            return replace(stat, verified=True)
+        if lost is not None:
+            raise lost
+        return stat
+
+    def _condition(self, key: str, if_absent: bool, if_version: str | None, budget: Budget) -> Condition:
+        """The condition in opendal's words; where the engine has none, it is looked at before (single
+        writer)."""
+        condition: Condition = {}
+        if self._calls.conditional:
+            if if_absent:
+                condition["if_not_exists"] = True
+            if if_version is not None:
+                condition["if_match"] = if_version
+            return condition
+        if if_absent or if_version is not None:
+            self._compare_before(key, if_absent, if_version, budget)
+        return condition
+
+    def _compare_before(self, key: str, if_absent: bool, if_version: str | None, budget: Budget) -> None:
+        try:
+            present: str | None = self._stat(key, budget).version
+        except NotFound:
+            present = None
+        if (if_absent and present is not None) or (if_version is not None and present != if_version):
+            raise Conflict(f"{self.name}: write {key}: it is there already, or was changed meanwhile")
+
+    def _upload_parts(
+        self,
+        key: str,
+        source: Callable[[int, int], bytes],
+        size: int,
+        if_absent: bool,
+        if_version: str | None,
+        progress: Callable[[int], None] | None,
+        budget: Budget,
+    ) -> Stat:
+        condition = self._condition(key, if_absent, if_version, budget)
+        checksum = checksums.Checksum(size)
+        step = checksums.part_size(size)
+        lost: Conflict | None = None
+        with self._calls.writer(key, step, condition, budget) as writer:
+            for offset in range(0, size, step):
+                piece = self._piece(key, source, offset, min(step, size - offset))
+                writer.send(piece)
+                checksum.update(piece)
+                if progress is not None:
+                    progress(offset + len(piece))
+            lost = writer.commit()
+        return self._settled_parts(key, size, checksum.value(), lost, budget)
+
+    def _settled_parts(self, key: str, size: int, ours: tuple[str, str], lost: Conflict | None, budget: Budget) -> Stat:
+        stat = self._stat(key, budget)
+        if stat.checksum == ours:
+            return replace(stat, verified=True)
+        if lost is not None:
+            raise lost
+        if stat.size != size:
+            raise Conflict(f"{self.name}: upload {key}: uploaded, and replaced by somebody else at once")
+        return stat
+
+    def _piece(self, key: str, source: Callable[[int, int], bytes], offset: int, length: int) -> bytes:
+        piece = source(offset, length)
+        if len(piece) != length:
+            raise StoreError(
+                f"{self.name}: upload {key}: the file gave {len(piece)} of {length} bytes: it changed meanwhile"
+            )
+        return piece
+
+    def _copy_through_here(self, found: Stat, target: str, if_absent: bool, deadline: float | None) -> Stat:
+        def source(offset: int, length: int) -> bytes:
+            return self.read(found.key, offset, length)
+
+        return self.upload(target, source, found.size, if_absent=if_absent, deadline=deadline)
+
+
+class Broker:
+    """Every remote engine that opendal has: `s3://bucket/prefix`, `gcs://`, `azblob://`,
+    `webdav+https://host/path`, ..."""
+
+    schemes: tuple[str, ...] = ()
+
+    def validate(self, config: Mapping[str, Any]) -> list[str]:
+        read_limits(config)
+        return remote_config.warnings(remote_config.target(config))
+
+    def open(self, config: Mapping[str, Any]) -> RemoteStore:
+        return RemoteStore(remote_config.target(config), read_limits(config))

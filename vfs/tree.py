@@ -1,0 +1,371 @@
+"""Names to nodes: the root by uuid, nested records as links, the `.by` views, and the files of units.
+
+Used by `vfs/filesystem.py` on one thread. A node exists while the kernel knows its inode number. Looking up may ask the
+index (SQLite) and the local disk, never a store.
+"""
+
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NewType
+from urllib.parse import unquote_to_bytes
+
+from blake3 import blake3
+
+from vfs.errors import DamagedRecord, UnknownRecord, UsageError
+from vfs.index import Index, Record
+from vfs.index_search import date_bounds
+from vfs.units import Unit, Units
+
+Inode = NewType("Inode", int)
+ROOT = Inode(1)
+BY = b".by"
+VIEWS = ("label", "module", "kind", "status", "created_by", "date", "config")
+_PAGE = 1000
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """What an inode number stands for. `lookups` is the kernel's count; `parent` and `name` are one of its names."""
+
+    ino: Inode
+    parent: "Node | None"
+    name: bytes
+    lookups: int = 0
+    children: dict[bytes, "Node"] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class Link(Node):
+    """A symlink of ours: a nested record, or an entry of a view."""
+
+    target: bytes = b""
+    mtime_ns: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class View(Node):
+    """A directory of `.by`; `place` are the decoded names below it."""
+
+    place: tuple[str, ...] = ()
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class FileNode(Node):
+    """A file or directory of a unit. `key` is (device, inode) where it was last seen, at the unit's `epoch`; `others`
+    its further hard links; `handles` its open handles; `stamp` what its content was when the kernel cached it."""
+
+    unit: Unit
+    key: tuple[int, int] = (0, 0)
+    epoch: int = -1
+    others: set[tuple[Node, bytes]] = field(default_factory=set)
+    handles: list[object] = field(default_factory=list)
+    stamp: tuple[int, int, int] | None = None
+    unsynced: bool = False
+
+    @property
+    def path(self) -> bytes:
+        """Path below the unit's root; b"" is the root itself. Raises FileNotFoundError once it has no name left."""
+        parts: list[bytes] = []
+        node: Node = self
+        while isinstance(node, FileNode) and isinstance(node.parent, FileNode):
+            parts.append(node.name)
+            node = node.parent
+        if node.parent is None:
+            raise FileNotFoundError(2, "removed")
+        return b"/".join(reversed(parts))
+
+    @property
+    def named(self) -> bool:
+        node: Node = self
+        while isinstance(node, FileNode):
+            if node.parent is None:
+                return False
+            node = node.parent
+        return True
+
+
+class Tree:
+    """All nodes the kernel knows."""
+
+    def __init__(self, index: Index, units: Units) -> None:
+        self._index = index
+        self._units = units
+        self.root = Node(ROOT, None, b"", lookups=1)
+        self.nodes: dict[Inode, Node] = {ROOT: self.root}
+        self._linked: dict[tuple[int, int], FileNode] = {}  # files with several names, by (device, inode)
+        self.incoming: dict[bytes, bytes] = {}  # name at the root -> real directory
+
+    def get(self, ino: int) -> Node:
+        return self.nodes[Inode(ino)]
+
+    def number(self, *parts: bytes) -> Inode:
+        """An inode number: the same one for the same name after a remount, unless it is taken."""
+        candidate = int.from_bytes(blake3(b"\0".join(parts)).digest()[:8], "little") >> 1
+        while candidate <= ROOT or candidate in self.nodes:
+            candidate += 1
+        return Inode(candidate)
+
+    def add(self, node: Node) -> None:
+        self.nodes[node.ino] = node
+        if node.parent is not None:
+            node.parent.children[node.name] = node
+
+    def forget(self, ino: int, count: int) -> Node | None:
+        """The kernel dropped `count` references; gives the node when that was the last."""
+        node = self.nodes.get(Inode(ino))
+        if node is None or node is self.root:
+            return None
+        node.lookups -= count
+        if node.lookups > 0:
+            return None
+        del self.nodes[node.ino]
+        if node.parent is not None and node.parent.children.get(node.name) is node:
+            del node.parent.children[node.name]
+        if isinstance(node, FileNode):
+            for parent, name in node.others:
+                if parent.children.get(name) is node:
+                    del parent.children[name]
+            if self._linked.get(node.key) is node:
+                del self._linked[node.key]
+        return node
+
+    # --- the root ----------------------------------------------------------------------------------------------
+
+    def at_root(self, name: bytes) -> Node:
+        """The node of a name at the root, made if need be. Raises FileNotFoundError, DamagedRecord."""
+        present = self.root.children.get(name)
+        if present is not None and self.still(present, name):
+            return present
+        if present is not None:
+            self.detach(self.root, name)
+        node = self._make_at_root(name)
+        self.add(node)
+        return node
+
+    def still(self, node: Node, name: bytes) -> bool:
+        """Whether the index still says of this name what it said when the node was made."""
+        if isinstance(node, View) or name in self.incoming:
+            return True
+        record = self._record(name)
+        if record is None:
+            return False
+        target = self._nested_target(record)
+        return node.target == target if isinstance(node, Link) else target is None
+
+    def _record(self, name: bytes) -> Record | None:
+        try:
+            record = self._index.get(name.decode("ascii"))
+        except UnicodeDecodeError:
+            return None
+        return None if record is None or record.kind == "Project" else record
+
+    def _make_at_root(self, name: bytes) -> Node:
+        if name == BY:
+            return View(self.number(BY), self.root, BY)
+        record = self._record(name)
+        if record is None:
+            if name in self.incoming:
+                return self.file_node(self.root, name, self._units.adopt(name.decode(), self.incoming[name]))
+            raise FileNotFoundError(2, "no such record", name)
+        target = self._nested_target(record)
+        if target is not None:
+            return Link(self.number(b"link", name), self.root, name, target=target, mtime_ns=record.updated_at_ns)
+        try:
+            return self.file_node(self.root, name, self._units.get(record.uuid))
+        except UnknownRecord:
+            raise FileNotFoundError(2, "no such record", name) from None
+
+    def _nested_target(self, record: Record) -> bytes | None:
+        if record.parent_id is None:
+            return None
+        root = self._index.root_of(record.uuid)
+        if root is None or root.uuid == record.uuid:
+            return None
+        try:
+            return root.uuid.encode() + b"/" + self._units.relative(root, record)
+        except DamagedRecord:
+            return None  # it lies elsewhere: a place of its own
+
+    def list_root(self, after: str, limit: int = _PAGE) -> list[Record]:
+        return self._index.page(after, limit)
+
+    # --- files -------------------------------------------------------------------------------------------------
+
+    def file_node(self, parent: Node, name: bytes, unit: Unit) -> FileNode:
+        where = parent.path if isinstance(parent, FileNode) else b""
+        return FileNode(self.number(unit.uuid.encode(), where, name), parent, name, unit=unit)
+
+    def child(self, parent: FileNode, name: bytes, status: os.stat_result) -> FileNode:
+        """The node of a file just seen in `parent`: the one the kernel knows if it is still the same file."""
+        key, unit = (status.st_dev, status.st_ino), parent.unit
+        node = parent.children.get(name)
+        if isinstance(node, FileNode):
+            if node.key == key or node.epoch != unit.epoch:
+                self._seen(node, key, status)
+                return node
+            self.detach(parent, name)  # replaced by another program: another file
+        if status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode):
+            linked = self._linked.get(key)
+            if linked is not None and linked.unit is unit and linked.epoch == unit.epoch:
+                self.attach(linked, parent, name)
+                return linked
+        node = self.file_node(parent, name, unit)
+        self._seen(node, key, status)
+        self.add(node)
+        return node
+
+    def _seen(self, node: FileNode, key: tuple[int, int], status: os.stat_result) -> None:
+        node.key, node.epoch = key, node.unit.epoch
+        if status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode):
+            self._linked[key] = node
+
+    def attach(self, node: FileNode, parent: Node, name: bytes) -> None:
+        """Give a node a further name."""
+        if node.parent is None:
+            node.parent, node.name = parent, name
+        elif (node.parent, node.name) != (parent, name):
+            node.others.add((parent, name))
+        parent.children[name] = node
+
+    def detach(self, parent: Node, name: bytes) -> Node | None:
+        """Take a name away; the node stays as long as the kernel knows it."""
+        node = parent.children.pop(name, None)
+        if isinstance(node, FileNode):
+            node.others.discard((parent, name))
+            if node.parent is parent and node.name == name:
+                node.parent, node.name = node.others.pop() if node.others else (None, name)
+        elif node is not None:
+            node.parent = None
+        return node
+
+    def move(self, parent: Node, name: bytes, new_parent: Node, new_name: bytes) -> None:
+        """A rename: what was at the new name loses it."""
+        if (parent, name) == (new_parent, new_name):
+            return
+        self.detach(new_parent, new_name)
+        node = self.detach(parent, name)
+        if isinstance(node, FileNode):
+            if isinstance(new_parent, FileNode) and new_parent.unit is not node.unit:
+                self._change_unit(node, new_parent.unit)
+            self.attach(node, new_parent, new_name)
+
+    def swap(self, parent: Node, name: bytes, new_parent: Node, new_name: bytes) -> None:
+        """A rename with RENAME_EXCHANGE."""
+        one, other = self.detach(parent, name), self.detach(new_parent, new_name)
+        if isinstance(one, FileNode):
+            self.attach(one, new_parent, new_name)
+        if isinstance(other, FileNode):
+            self.attach(other, parent, name)
+
+    def _change_unit(self, node: FileNode, unit: Unit) -> None:
+        node.unit, node.epoch = unit, unit.epoch
+        for child in node.children.values():
+            if isinstance(child, FileNode):
+                self._change_unit(child, unit)
+
+    def of_unit(self, unit: Unit) -> list[FileNode]:
+        """Nodes of a unit that the kernel knows."""
+        top = self.root.children.get(unit.uuid.encode())
+        found: list[FileNode] = []
+        queue = [top] if isinstance(top, FileNode) else []
+        while queue:
+            node = queue.pop()
+            found.append(node)
+            queue += [child for child in node.children.values() if isinstance(child, FileNode)]
+        return found
+
+    # --- views -------------------------------------------------------------------------------------------------
+
+    def in_view(self, view: View, name: bytes) -> Node:
+        """The node of a name in a view. Raises FileNotFoundError."""
+        present = view.children.get(name)
+        if present is not None:
+            return present
+        place = (*view.place, decode_value(name))
+        if self._is_directory(place):
+            if not self._exists(place):
+                raise FileNotFoundError(2, "no such value", name)
+            node: Node = View(self._view_number(place), view, name, place=place)
+        else:
+            record = self._index.get(place[-1])
+            if record is None or not self._in(view.place, record.uuid):
+                raise FileNotFoundError(2, "no such record in this view", name)
+            up = b"../" * len(place)
+            node = Link(self._view_number(place), view, name, target=up + name, mtime_ns=record.updated_at_ns)
+        self.add(node)
+        return node
+
+    def _view_number(self, place: tuple[str, ...]) -> Inode:
+        return self.number(BY, *(encode_value(part) for part in place))
+
+    def list_view(self, view: View) -> Iterator[bytes]:
+        """The names in a view, in pages from the index."""
+        place = view.place
+        if not place:
+            yield from (name.encode() for name in VIEWS)
+        elif self._is_directory((*place, "")):
+            yield from (encode_value(value) for value in self._values(place) if value)
+        else:
+            after = ""
+            while records := self._records(place, after):
+                yield from (record.uuid.encode() for record in records)
+                after = records[-1].uuid
+
+    @staticmethod
+    def _is_directory(place: tuple[str, ...]) -> bool:
+        return len(place) <= (3 if place[0] == "config" else 2)
+
+    def _exists(self, place: tuple[str, ...]) -> bool:
+        if len(place) == 1:
+            return place[0] in VIEWS
+        if place[0] == "config" and len(place) == 2:
+            return place[1] in self._index.config_paths()
+        return bool(self._records(place, limit=1))
+
+    def _values(self, place: tuple[str, ...]) -> Iterator[str]:
+        if place == ("config",):
+            yield from self._index.config_paths()
+            return
+        after = ""
+        while True:
+            if place[0] == "config":
+                values = self._index.config_values(place[1], after, _PAGE)
+            else:
+                values = self._index.values(place[0], after, _PAGE)
+            yield from values
+            if len(values) < _PAGE:
+                return
+            after = values[-1]
+
+    def _in(self, place: tuple[str, ...], uuid: str) -> bool:
+        before = uuid[:-1] + chr(ord(uuid[-1]) - 1) + "~" * 64  # the last name before it: uuids have no "~"
+        return any(record.uuid == uuid for record in self._records(place, before, 1))
+
+    def _records(self, place: tuple[str, ...], after: str = "", limit: int = _PAGE) -> list[Record]:
+        view, value = place[0], place[-1]
+        if view == "config":
+            return self._index.search(config=[(place[1], "is", value)], after=after, limit=limit)
+        if view == "date":
+            try:
+                first, end = date_bounds(value)
+            except UsageError:
+                return []
+            return self._index.search(created_after_ns=first, created_before_ns=end, after=after, limit=limit)
+        if view == "status" and value not in self._index.values("status"):
+            return []
+        return self._index.search(**{view: value}, after=after, limit=limit, status_of=self._units.status_of)  # type: ignore[arg-type]
+
+
+def encode_value(value: str) -> bytes:
+    """A value as a file name: `/`, `%`, NUL and line breaks are percent-encoded, and `.` and `..`."""
+    raw = value.encode("utf-8", "surrogateescape")
+    if raw in (b".", b".."):
+        return raw.replace(b".", b"%2E")
+    return b"".join(b"%%%02X" % byte if byte < 32 or byte in b"/%" else bytes((byte,)) for byte in raw)
+
+
+def decode_value(name: bytes) -> str:
+    """The inverse of `encode_value`."""
+    return unquote_to_bytes(name).decode("utf-8", "surrogateescape")

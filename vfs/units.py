@@ -1,0 +1,255 @@
+"""Units: root records as things with a place on this disk. Used by everything that touches a record's files.
+
+A `Unit` object exists while somebody holds it (the tree, a push, a command) and is the only one of its uuid, so its
+counters (handles, change sequence) and its locks are shared. Calls here touch the journal and the local disk only.
+"""
+
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from vfs import linux
+from vfs.errors import DamagedRecord, Refused, RunfsError, UnknownRecord
+from vfs.format import run_status
+from vfs.index import Index, Record
+from vfs.journal import Journal, UnitRow
+from vfs.residency import State, allowed
+
+
+class Unit:
+    """A root record and where its files are.
+
+    `directory` is where machinable believes it is, `shadow` its place in the cache. `sequence` grows with each change;
+    a push that saw the same number before and after has everything. `epoch` grows when the files move.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_row",
+        "changed_at",
+        "directory",
+        "dirty",
+        "epoch",
+        "first_change",
+        "handles",
+        "moving",
+        "sequence",
+        "shadow",
+        "state",
+        "used_ns",
+        "uuid",
+        "writers",
+    )
+
+    def __init__(self, uuid: str, directory: bytes, shadow: bytes, row: UnitRow | None) -> None:
+        self.uuid = uuid
+        self.directory = directory
+        self.shadow = shadow
+        self.state = State(row.state) if row else State.RESIDENT
+        self._row = row
+        self.sequence = 0
+        self.epoch = 0
+        self.handles = 0
+        self.writers = 0
+        self.dirty = False
+        self.changed_at = 0.0
+        self.first_change = 0.0
+        self.used_ns = 0
+        self.moving = threading.RLock()  # one push, eviction or restore of a unit at a time
+
+    @property
+    def evicted(self) -> bool:
+        """Whether its files are in the shadow."""
+        return self.state in (State.EVICTED, State.RESTORING)
+
+    @property
+    def base(self) -> bytes:
+        """The real directory that holds the unit's files now. Never a path through the mount."""
+        return self.shadow if self.evicted else self.directory
+
+    def open_base(self) -> int:
+        """An O_PATH descriptor of `base`. Raises DamagedRecord when it is gone."""
+        try:
+            return os.open(self.base, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as error:
+            raise DamagedRecord(
+                f"{self.uuid}: its directory {os.fsdecode(self.base)} cannot be opened ({error.strerror}); "
+                f"if a store holds the record, `runfs hydrate --restore {self.uuid}` brings it back"
+            ) from error
+
+    def note_change(self) -> None:
+        """Something in it changed: what was pushed before is no longer all of it."""
+        self.sequence += 1
+        self.changed_at = time.monotonic()
+        if not self.first_change:
+            self.first_change = self.changed_at
+
+
+class Units:
+    """Finds and makes units; the one place where a unit's state changes. Thread-safe."""
+
+    def __init__(self, index: Index, journal: Journal, cache: Path) -> None:
+        self._index = index
+        self._journal = journal
+        self._cache = os.fsencode(cache)
+        self._known: weakref.WeakValueDictionary[str, Unit] = weakref.WeakValueDictionary()
+        self._dirty: dict[str, Unit] = {}  # held as long as they are dirty
+        self._lock = threading.RLock()
+        self.moved: list[Callable[[Unit], None]] = []  # told after the files of a unit moved
+
+    def shadow_of(self, uuid: str) -> bytes:
+        return self._cache + b"/" + uuid.encode()
+
+    def get(self, uuid: str) -> Unit:
+        """The unit of a root record. Raises UnknownRecord; DamagedRecord when it has no local place."""
+        with self._lock:
+            unit = self._known.get(uuid)
+            return unit if unit is not None else self._make(uuid)
+
+    def _make(self, uuid: str) -> Unit:
+        row = self._journal.unit(uuid)
+        directory = row.directory if row is not None else self._directory_of(uuid)
+        unit = Unit(uuid, directory, self.shadow_of(uuid), row)
+        self._known[uuid] = unit
+        return unit
+
+    def _directory_of(self, uuid: str) -> bytes:
+        record = self._index.get(uuid)
+        if record is None:
+            raise UnknownRecord(f"the index has no record {uuid}; `runfs ls` shows those it has")
+        if record.directory is None:
+            raise DamagedRecord(f"{uuid}: the index says it is at {record.storage_uri}, which is not on this machine")
+        return record.directory
+
+    def adopt(self, uuid: str, directory: bytes) -> Unit:
+        """The unit of a directory that the index does not know yet (incoming)."""
+        with self._lock:
+            unit = self._known.get(uuid)
+            if unit is None:
+                unit = self._known[uuid] = Unit(uuid, directory, self.shadow_of(uuid), None)
+            return unit
+
+    def rename(self, unit: Unit, uuid: str) -> None:
+        """An incoming directory turned out to be record `uuid`."""
+        with self._lock:
+            self._known.pop(unit.uuid, None)
+            unit.uuid, unit.shadow = uuid, self.shadow_of(uuid)
+            self._known[uuid] = unit
+
+    def live(self) -> list[Unit]:
+        """Units somebody holds now."""
+        with self._lock:
+            return list(self._known.values())
+
+    def place(self, uuid: str) -> tuple[Unit, bytes]:
+        """The unit that holds a record and the record's path in it (b"" for the root record itself)."""
+        root = self._index.root_of(uuid)
+        if root is None or root.uuid == uuid:
+            return self.get(uuid), b""
+        return self.get(root.uuid), self.relative(root, self._index.get(uuid))
+
+    def relative(self, root: Record, nested: Record | None) -> bytes:
+        """Path of a nested record below its root record; DamagedRecord if it does not lie there."""
+        if nested is None or nested.directory is None or root.directory is None:
+            raise DamagedRecord(f"{root.uuid}: a nested record has no local directory")
+        prefix = root.directory.rstrip(b"/") + b"/"
+        if not nested.directory.startswith(prefix):
+            raise DamagedRecord(f"{nested.uuid} does not lie in the directory of its parent {root.uuid}")
+        return nested.directory[len(prefix) :].rstrip(b"/")
+
+    def status_of(self, record: Record) -> str | None:
+        """What a record's markers say of its run, wherever its files are; None when they cannot be read."""
+        try:
+            unit, path = self.place(record.uuid)
+            return run_status(os.path.join(unit.base, path) if path else unit.base).value
+        except (RunfsError, OSError):
+            return None
+
+    # --- change ------------------------------------------------------------------------------------------------
+
+    def mark_dirty(self, unit: Unit, why: str) -> None:
+        """Note a change; durable in the journal before this returns if the unit was clean."""
+        unit.note_change()
+        if not unit.dirty:
+            self._journal.mark_dirty(unit.uuid, why)
+            with self._lock:
+                unit.dirty = True
+                self._dirty[unit.uuid] = unit
+
+    def mark_clean(self, unit: Unit, sequence: int) -> bool:
+        """The homes hold what the unit was at `sequence`; False if it has changed since and stays dirty."""
+        with self._lock:
+            if unit.sequence != sequence or unit.writers:
+                return False
+            self._journal.clean(unit.uuid)
+            unit.dirty = False
+            unit.first_change = 0.0
+            self._dirty.pop(unit.uuid, None)
+            return True
+
+    def dirty(self) -> list[Unit]:
+        with self._lock:
+            return list(self._dirty.values())
+
+    def load_dirty(self) -> Iterator[str]:
+        """Take up what an earlier process left in the journal; gives the reasons for those that cannot be."""
+        for row in self._journal.dirty():
+            try:
+                unit = self.get(row.uuid)
+            except (UnknownRecord, DamagedRecord) as error:
+                yield f"{row.uuid} was to be pushed ({row.why}), but: {error}"
+                continue
+            unit.dirty = True
+            unit.note_change()
+            with self._lock:
+                self._dirty[row.uuid] = unit
+
+    # --- moving between places ---------------------------------------------------------------------------------
+
+    def enter(self, unit: Unit, state: State, row: UnitRow | None) -> None:
+        """Change a unit's state: in the journal first, durable, then here. `row` None makes it simply resident."""
+        if not allowed(unit.state, state):
+            raise Refused(f"{unit.uuid} is {unit.state.value}; it cannot become {state.value} now. Try again")
+        if row is None:
+            self._journal.drop_unit(unit.uuid)
+        else:
+            self._journal.set_unit(row)
+        with self._lock:
+            unit.state = state
+            unit.epoch += 1
+        for tell in self.moved:
+            tell(unit)
+
+
+def same_file_system(one: bytes, other: bytes) -> bool:
+    """Whether names can be linked and exchanged between two directories."""
+    return os.stat(one).st_dev == os.stat(other).st_dev
+
+
+def set_aside_name(unit: Unit) -> bytes:
+    """The second name used in an exchange: beside the record, so on its file system."""
+    parent, _slash, _name = unit.directory.rstrip(b"/").rpartition(b"/")
+    return parent + b"/.runfs-" + unit.uuid.encode()
+
+
+def link_of(directory: bytes, link: bytes, uuid: str) -> bytes:
+    """Target of the symlink that takes a record's place: relative, so that a moved project keeps working."""
+    parent = os.path.realpath(os.path.dirname(directory))
+    return os.path.relpath(link + b"/" + uuid.encode(), parent)
+
+
+def point(link: bytes, mountpoint: bytes) -> None:
+    """Make the one link of a project that all evicted records go through point at the mountpoint."""
+    if os.path.lexists(link) and not os.path.islink(link):
+        raise Refused(f"{os.fsdecode(link)} is in the way: runfs keeps its link to the mountpoint there. Move it")
+    if os.path.islink(link) and os.fsencode(os.readlink(link)) == mountpoint:
+        return
+    temporary = link + b".new"
+    if os.path.lexists(temporary):
+        os.unlink(temporary)
+    os.symlink(mountpoint, temporary)
+    os.rename(temporary, link)
+    linux.sync_directory(os.path.dirname(link))
