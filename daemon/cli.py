@@ -42,9 +42,12 @@ Where = Annotated[
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        print(f"runfs {version('runfs')}")
+        try:
+            print(f"runfs {version('runfs')}")
+        except PackageNotFoundError:
+            print("runfs (a checkout that is not installed)")
         raise typer.Exit
 
 
@@ -128,6 +131,7 @@ def evict(
 @app.command()
 def hydrate(
     uuids: Uuids = None,
+    all_: Annotated[bool, typer.Option("--all", help="Every evicted record.")] = False,
     restore: Annotated[bool, typer.Option("--restore", help="Put them back into their own directory.")] = False,
     dry_run: DryRun = False,
     mount: Mount = None,
@@ -137,7 +141,10 @@ def hydrate(
     as_json: Json = False,
 ) -> None:
     """Bring evicted records' bytes back."""
-    args = {"uuids": _some_records(uuids), "restore": restore, "dry_run": dry_run}
+    names = record_names(uuids) if all_ and not uuids else _some_records(uuids)
+    if names and all_:
+        raise UsageError("either name records or use --all, not both")
+    args = {"uuids": names, "all": all_, "restore": restore, "dry_run": dry_run}
     perform(Target(mount, index, project, config), "hydrate", args, as_json=as_json)
 
 

@@ -51,9 +51,9 @@ def mount(
     file = config or (Path(parsed.config) if parsed.config else None)
     if ready_fd is not None:
         raise typer.Exit(_as_daemon(given, file, ready_fd, log_file))
-    loaded = configuration.load(given, config=file)
+    loaded = configuration.load(given, config=file, remembered=True)
     settings = loaded.settings()
-    notes = [*loaded.warnings, *([] if dry_run else check_mountpoint(settings))]
+    notes = [*loaded.warnings, *_recalled(loaded, settings), *([] if dry_run else check_mountpoint(settings))]
     for note in notes:
         typer.echo(f"runfs: {note}", err=True)
     if dry_run:
@@ -64,6 +64,13 @@ def mount(
         from daemon.launch import start
 
         _announce(start(settings, _again(settings, given, file)), as_json)
+
+
+def _recalled(loaded: Any, settings: Any) -> list[str]:
+    """Without its stores a mount could not read what was evicted to them, so the last mount's are the fallback."""
+    if loaded.origins.get("stores") != "the last mount" or not settings.stores:
+        return []
+    return [f"no store was named; using the last mount's: {', '.join(store.name for store in settings.stores)}"]
 
 
 def _again(settings: Any, given: dict[str, Any], file: Path | None) -> list[str]:
@@ -91,7 +98,7 @@ def _as_daemon(given: dict[str, Any], file: Path | None, ready_fd: int, log_file
 
     pipe = launch.ReadyPipe(ready_fd)
     try:
-        settings = configuration.load(given, config=file).settings()
+        settings = configuration.load(given, config=file, remembered=True).settings()
         launch.set_up_log(settings, log_file)
         return launch.run(settings, pipe.ready, file)
     except RunfsError as error:

@@ -1,7 +1,7 @@
 """Configuration: flags, environment and a TOML file become one `vfs.settings.Settings`.
 
 Used by the command line and nothing else. Reads the configuration file and looks for the index; never a network.
-Precedence: flags, environment, file, what the last mount used (stores only, commands without a mount), defaults.
+Precedence: flags, environment, file, what the last mount used (its file and stores), defaults.
 
     index = "/data/study/.machinable.sqlite"     # or: project = "/data/study"
     min_copies = 1
@@ -240,8 +240,10 @@ def _put_stores(
 
 
 def remember(settings: Settings, config: Path | None) -> None:
-    """Keep which configuration and stores a mount used, for commands while nothing is mounted. Never a secret:
+    """Keep which configuration and stores a mount used, for the next one and for commands in between. Never a secret:
     a store with secret options is left out (its file is named instead)."""
+    if not settings.stores:
+        return  # what was remembered may be all there is to find evicted bytes by
     stores = [s.model_dump(mode="json") for s in settings.stores if not any(is_secret(name) for name in s.options)]
     target = places.stores_of(settings.state_dir, settings.index)
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

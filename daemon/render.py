@@ -39,14 +39,17 @@ def _evicted(result: Result, done: Sequence[Mapping[str, Any]]) -> str:
     freed = f"{size(result.get('bytes', 0))} {'would be freed' if dry else 'freed'}"
     what = count(len(done), "record") if dry or len(done) > 1 else plain(done[0]["uuid"])
     proof = proven(result.get("proof", []))
-    return f"{what}{',' if dry else ': evicted,'} {freed}" + (f"; {proof}" if proof else "")
+    first_pushed = f"{count(result['to_push'], 'record')} to be pushed first" if result.get("to_push") else ""
+    return "; ".join(filter(None, [f"{what}{',' if dry else ': evicted,'} {freed}", proof, first_pushed]))
 
 
 def proven(proofs: Sequence[Mapping[str, Any]]) -> str:
     """every byte is in lab (checksums read 2 h ago)"""
     if not proofs:
         return ""
-    return "every byte is in " + " and in ".join(replica(proof) for proof in proofs)
+    # A dry run names the stores and proves nothing: the proof is made, or looked at again, when it counts.
+    said = [replica(proof) if proof.get("verified_at") else plain(proof.get("store")) for proof in proofs]
+    return "every byte is in " + " and in ".join(said)
 
 
 def _stays(entry: Mapping[str, Any]) -> str:

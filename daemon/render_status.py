@@ -13,7 +13,7 @@ Lines = list[str]
 
 SHOWN = 10  # rows of a list that may be long; the rest is counted, and --json has them all
 _VERBS = {"push": ("pushing", "->"), "hydrate": ("hydrating", "<-"), "verify": ("checking", "of")}
-_PROOFS = {"checksum": "checksums read", "read": "read back", "read-back": "read back", "readback": "read back"}
+_PROOFS = {"checksum": "checksums read", "read": "read back"}  # and "md5 of the store"
 
 
 def first(rows: Lines, more: str) -> Lines:
@@ -42,7 +42,9 @@ def _states(states: Mapping[str, Mapping[str, Any]]) -> str:
     resident, evicted, dirty = (states.get(name, {}) for name in ("resident", "evicted", "dirty"))
     parts = [f"resident  {count(resident.get('records', 0), 'record')}  {size(resident.get('bytes', 0))}"]
     back = evicted.get("cached_bytes", 0)
-    hint = f" ({size(back)} of it back in the cache)" if back else ""
+    # What is kept small and the file system's blocks can make it more than was evicted.
+    all_back = back >= evicted.get("bytes", 0)
+    hint = f" ({'all' if all_back else size(back)} of it back in the cache)" if back else ""
     parts.append(f"evicted  {count(evicted.get('records', 0))}  {size(evicted.get('bytes', 0))}{hint}")
     if dirty.get("files") or dirty.get("records"):
         what = count(dirty["files"], "file") if dirty.get("files") else count(dirty["records"], "record")
@@ -121,7 +123,11 @@ def _path_lines(path: Mapping[str, Any]) -> Lines:
 def replica(entry: Mapping[str, Any]) -> str:
     """lab (checksums read 2 h ago)"""
     when = ago(entry.get("verified_at"))
-    how = _PROOFS.get(str(entry.get("how")), plain(entry.get("how") or "not verified"))
+    words = [
+        _PROOFS.get(word, plain(word).replace(" of the store", " checksums read"))
+        for word in str(entry.get("how") or "verified" if when else "").split(" and ")
+    ]
+    how = " and ".join(words) or "not verified"
     return f"{plain(entry.get('store'))} ({how}{' ' + when if when else ''})"
 
 

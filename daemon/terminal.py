@@ -15,7 +15,7 @@ import typer
 
 from daemon import render
 from daemon.protocol import encode
-from daemon.quantities import clock, plain, rate
+from daemon.quantities import clock, count, plain, rate
 from daemon.target import Target
 
 if TYPE_CHECKING:
@@ -58,15 +58,27 @@ class Reporter:
         return self._bars
 
     def _update(self, bars: "Bars", event: dict[str, Any]) -> None:
-        key = tuple(str(event.get(name, "")) for name in ("what", "uuid", "path", "store"))
+        # Without a path it is about the whole command: one bar, whichever record it has come to.
+        names = ("what", "uuid", "path", "store") if event.get("path") else ("what",)
+        key = tuple(str(event.get(name, "")) for name in names)
         if key not in self._tasks:
-            self._tasks[key] = bars.add_task(" ".join(plain(part) for part in key if part), total=None, facts="")
+            self._tasks[key] = bars.add_task("", total=None, facts="")
+        title = " ".join(plain(event[name]) for name in ("what", "path", "uuid", "store") if event.get(name))
+        bars.update(self._tasks[key], description=title)
         total, done = event.get("size") or event.get("total"), event.get("done")
-        moving = (render.share(event), rate(event.get("rate")), clock(event.get("left_s")))
+        share = render.share(event) if event.get("path") else counted(done, total)
+        moving = (share, rate(event.get("rate")), clock(event.get("left_s")))
         facts = (*moving, plain(event.get("message", "")))
         bars.update(self._tasks[key], total=total, completed=done, facts="  ".join(filter(None, facts)))
         if total and done is not None and done >= total:
             bars.remove_task(self._tasks.pop(key))
+
+
+def counted(done: int | None, total: int | None) -> str:
+    """3 of 318, or how many so far."""
+    if done is None:
+        return ""
+    return f"{count(done)} of {count(total)}" if total else count(done)
 
 
 @contextmanager

@@ -263,6 +263,8 @@ class Upkeep:
                 return
             try:
                 unit = self._core.units.get(record.uuid)
+                if self._session.evictor.reclaim(unit):
+                    continue
                 if not unit.dirty and self._changed(unit):
                     marks.append(unit)
             except (RunfsError, OSError) as error:

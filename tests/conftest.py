@@ -91,7 +91,7 @@ def project(make_project: Callable[..., Project]) -> Project:
 
 @pytest.fixture
 def mount(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Mounted]]:
-    """Mounts projects: `mount(project, stores=[url], options=[...])`. Unmounts them; prints the log of a failed test."""
+    """Mounts projects: `mount(project, stores=[url], options=[...])`. Unmounts, and prints the log of a failed test."""
     mounted: list[Mounted] = []
 
     def start(project: Project, name: str = "mnt", **options: Any) -> Mounted:

@@ -93,7 +93,8 @@ class Mounted:
     def stop(self) -> None:
         """Unmount in whatever way works; the daemon is gone and the mountpoint is a plain directory afterwards."""
         if self.process is not None and self.process.poll() is None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            self.resume()  # a test may have left it paused
+            with contextlib.suppress(subprocess.TimeoutExpired, AssertionError):  # tried; the rest is done below
                 self.umount()
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
@@ -128,15 +129,29 @@ class Mounted:
 
     def runfs(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run one command line of runfs about this mount (through RUNFS_MOUNT), whatever it ends with."""
-        return subprocess.run(
-            [sys.executable, "-m", "daemon.cli", *arguments],
+        return self.bounded([sys.executable, "-m", "daemon.cli", *arguments])
+
+    def bounded(self, command: Sequence[str], limit_s: float = COMMAND_LIMIT_S) -> subprocess.CompletedProcess[str]:
+        """Run a command that may hang in the mount; fails when it does not end in time.
+
+        The daemon is ended first then: while it does not answer, not even SIGKILL ends who waits for it.
+        """
+        with subprocess.Popen(
+            command,
             cwd=ROOT,
             env=self.environment,
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=COMMAND_LIMIT_S,
-        )
+        ) as process:
+            try:
+                output, errors = process.communicate(timeout=limit_s)
+            except subprocess.TimeoutExpired:
+                self.kill()
+                process.kill()
+                raise AssertionError(f"did not end within {limit_s:.0f} s: {command}\n{self.log()}") from None
+        return subprocess.CompletedProcess(list(command), process.returncode, output, errors)
 
     def json(self, *arguments: str, exit_code: int | None = 0) -> dict[str, Any]:
         """The answer of a command with `--json`; fails when it ends with another exit code than this (None: any)."""
@@ -164,9 +179,5 @@ class Mounted:
             time.sleep(0.02)
 
     def _answers(self) -> bool:
-        """Asked from another process: one that hangs in a mount can be killed."""
-        try:
-            asked = subprocess.run(["stat", "-f", str(self.path)], capture_output=True, timeout=5.0)
-        except subprocess.TimeoutExpired:
-            return False
-        return asked.returncode == 0
+        """Asked from another process, which may hang."""
+        return self.bounded(["stat", "-f", str(self.path)], READY_LIMIT_S).returncode == 0

@@ -52,11 +52,17 @@ def fuse_missing() -> str | None:
 
 
 def unmount(mount: FuseMount) -> None:
-    """Abort the connection, so that whoever waits for it goes on with an error, and take the mount away."""
+    """Abort the connection, so that whoever waits for it goes on with an error, and take the mount away.
+
+    Without root and where /sys/fs/fuse/connections is not mounted, nobody can abort: the daemon has to be ended first.
+    """
     abort = CONNECTIONS / str(mount.minor) / "abort"
     if abort.exists():
         abort.write_text("1")
-    subprocess.run(["fusermount3", "-u", "-z", str(mount.path)], check=False, capture_output=True)
+    # For root, forcing (MNT_FORCE) aborts a FUSE connection, too.
+    by_root = ["umount", "--force", "--lazy", str(mount.path)]
+    by_user = ["fusermount3", "-u", "-z", str(mount.path)]
+    subprocess.run(by_root if os.geteuid() == 0 else by_user, check=False, capture_output=True)
 
 
 def unmount_under(directory: Path) -> list[FuseMount]:

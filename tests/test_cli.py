@@ -388,6 +388,19 @@ class TestRendering:
             "4 records stay: 2 live (qcmIdGsGCpwS, Om2ibuekBk4f), 1 pinned (a), 1 open in python[4121] (b)",
         ]
 
+    def test_what_an_eviction_would_do_first(self) -> None:
+        result = {
+            "evicted": [{"uuid": "a"}],
+            "bytes": 10**9,
+            "proof": [{"store": "lab", "how": "", "verified_at": None}],
+        }
+        assert render.lines("evict", {**result, "dry_run": True}, {}) == [
+            "1 record, 1.0 GB would be freed; every byte is in lab"
+        ]
+        assert render.lines("evict", {**result, "proof": [], "to_push": 1, "dry_run": True}, {}) == [
+            "1 record, 1.0 GB would be freed; 1 record to be pushed first"
+        ]
+
     def test_a_refusal_has_the_next_step(self) -> None:
         reason = "lab holds 41 of 42 files; log.txt changed 3 s ago and is being pushed"
         stay = {"uuid": "q", "reason": reason, "advice": "Try again, or: runfs push q"}
@@ -663,6 +676,78 @@ class TestUmount:
             assert daemon.session.calls == [("umount", {"timeout": 1.0})]
 
 
+@pytest.mark.mounted
+class TestRealMount:
+    """The daemon itself, in the background, on a real mountpoint."""
+
+    @pytest.fixture
+    def mountpoint(self, place: Path) -> Iterator[Path]:
+        make_rows(place / "work" / ".machinable.sqlite", ())
+        (place / "mnt").mkdir()
+        yield place / "mnt"
+        for entry in mounts.running(place / "runtime"):
+            os.kill(entry.pid, 9)
+        if mounts.mounted_at(place / "mnt") is not None:
+            unmount.detach(place / "mnt")
+
+    def test_from_mount_to_umount(self, runfs: Shell, place: Path, mountpoint: Path) -> None:
+        ran = runfs("mount", str(mountpoint), "--store", f"lab=file://{place / 'home'}")
+        assert (ran.code, ran.err) == (0, "")
+        assert ran.out.startswith(f"{mountpoint}: 0 records, 0 evicted; lab: reachable")
+        found = mounts.mounted_at(mountpoint)
+        assert found is not None
+        assert found.is_runfs
+        (entry,) = mounts.running(place / "runtime")
+        assert runfs("status", "--json").json["mountpoint"] == str(mountpoint)
+        again = runfs("mount", str(mountpoint))
+        assert again.code == 2
+        assert "mounted already" in again.err
+        (place / "other").mkdir()
+        second = runfs("mount", str(place / "other"))
+        assert second.code == 2
+        assert f"process {entry.pid}" in second.err
+        ran = runfs("umount", str(mountpoint))
+        assert (ran.code, ran.out) == (0, f"{mountpoint}: unmounted; nothing is left to push\n")
+        assert mounts.mounted_at(mountpoint) is None
+        assert mounts.running(place / "runtime") == []
+        ran = runfs("mount", str(mountpoint))  # at once, and with the same stores
+        assert ran.code == 0
+        assert "lab: reachable" in ran.out
+        assert "using the last mount's: lab" in ran.err
+        assert runfs("umount", str(mountpoint), "--json").json["how"] == "drained"
+
+    def test_after_a_kill_the_next_mount_starts(self, runfs: Shell, place: Path, mountpoint: Path) -> None:
+        assert runfs("mount", str(mountpoint)).code == 0
+        (entry,) = mounts.running(place / "runtime")
+        os.kill(entry.pid, 9)
+        os.waitpid(entry.pid, 0)
+        assert "its daemon is gone" in runfs("status", "--mount", str(mountpoint)).err
+        ran = runfs("mount", str(mountpoint), "--json")
+        assert (ran.code, ran.json["records"]) == (0, 0)
+        assert "cleaned up" in ran.err
+        assert os.listdir(mountpoint) == []
+        assert runfs("umount", str(mountpoint)).code == 0
+
+    def test_a_start_that_fails_says_why(self, runfs: Shell, place: Path, mountpoint: Path) -> None:
+        (place / "work" / ".machinable.sqlite").write_bytes(b"this is no database, but it is long enough" * 100)
+        ran = runfs("mount", str(mountpoint), "--json")
+        assert ran.code == 2
+        assert ran.json["error"]["type"] == "IndexCorrupt"
+        assert mounts.mounted_at(mountpoint) is None
+
+    def test_in_the_foreground_until_it_is_told_to_stop(self, place: Path, mountpoint: Path) -> None:
+        command = [sys.executable, "-m", "daemon.cli", "mount", str(mountpoint), "--foreground"]
+        environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+        with subprocess.Popen(
+            command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as daemon:
+            assert daemon.stdout is not None
+            assert daemon.stdout.readline().startswith(f"{mountpoint}: 0 records")
+            daemon.terminate()
+            assert daemon.wait(30) == 0
+        assert mounts.mounted_at(mountpoint) is None
+
+
 @pytest.fixture
 def dead_mount(place: Path) -> Iterator[Path]:
     """What a daemon leaves that was killed."""
@@ -755,10 +840,11 @@ def test_progress_is_shown_on_a_terminal_only(capsys: pytest.CaptureFixture[str]
         with Reporter(shown=shown) as reporter:
             reporter({"what": "push", "uuid": "a", "path": "w[red]", "store": "lab", "done": 1, "size": 2, "rate": 5e6})
             reporter({"what": "push", "uuid": "a", "path": "w[red]", "store": "lab", "done": 2, "size": 2})
+            reporter({"what": "evict", "uuid": "a", "done": 3, "size": 318})
             reporter({"message": "settling"})
         captured = capsys.readouterr()
         assert captured.out == ""
-        assert ("w[red]" in captured.err or "settling" in captured.err) is shown
+        assert ("3 of 318" in captured.err and "settling" in captured.err) is shown
 
 
 def test_the_names_of_records(place: Path) -> None:

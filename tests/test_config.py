@@ -315,6 +315,8 @@ class TestStores:
         config.remember(settings, None)
         assert [s.url for s in place.load("", remembered=True).settings().stores] == ["memory://a"]
         assert place.load("").settings().stores == ()
+        config.remember(place.settings(""), None)  # a mount without any does not make it forget
+        assert [s.url for s in place.load("", remembered=True).settings().stores] == ["memory://a"]
         toml = '[stores.lab]\nurl = "s3://lab"'
         assert [s.name for s in place.load(toml, remembered=True).settings().stores] == ["lab"]
 

@@ -51,8 +51,7 @@ def test_a_hung_mount_is_taken_away_and_its_waiters_go_on(hanging: Path) -> None
         assert [each.path for each in mounts.unmount_under(hanging.parent)] == [hanging]
         assert waiting.wait(10) == 1
     finally:
-        waiting.kill()
-        waiting.wait()
+        waiting.kill()  # not waited for: if this failed, it ends only with the daemon
     assert not mounts.is_fuse_mount(hanging)
     assert list(hanging.iterdir()) == []
 

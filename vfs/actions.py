@@ -174,9 +174,9 @@ def hydrate(session: "Session", args: dict[str, Any], progress: "Progress") -> d
     restore = bool(args.get("restore"))
 
     def one(unit: Unit) -> None:
-        if not unit.evicted:
-            return
         try:
+            if not unit.evicted and not session.evictor.reclaim(unit):
+                return
             if args.get("dry_run"):
                 size = missing_bytes(session.core, unit)
             else:

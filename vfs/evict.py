@@ -413,6 +413,23 @@ class Evictor:
         self._pusher.scan(unit)
         return f"{unit.uuid}: an interrupted move was finished; the record is evicted"
 
+    def reclaim(self, unit: Unit) -> bool:
+        """Take a record up again whose directory is gone, or is a link of ours nobody remembers (the journal was lost):
+        from the first home that has its manifest. False when it is here, or no home has it. Raises StoreError."""
+        if unit.state is not State.RESIDENT or _is_directory(unit.directory):
+            return False
+        for home in self._core.homes:
+            try:
+                with home.watched():
+                    body = home.store().read(manifest_key(unit.uuid))
+                    version = home.store().stat(manifest_key(unit.uuid)).version or ""
+            except NotFound:
+                continue
+            self.adopt(parse(body, unit.uuid), home, version, body, unit.directory)
+            log.warning("%s: its directory was gone; it is evicted now, its bytes are in %s", unit.uuid, home.name)
+            return True
+        return False
+
     # --- records that are only in a store ----------------------------------------------------------------------
 
     def adopt(self, manifest: Manifest, home: Home, version: str, body: bytes, directory: bytes) -> Unit:

@@ -73,6 +73,7 @@ class Database:
         self.path = path
         self._lock = threading.RLock()
         self._busy_timeout_s = busy_timeout_s
+        self._closed = False
         self._connection = self._connect(create)
 
     def _connect(self, create: bool) -> apsw.Connection:
@@ -180,6 +181,9 @@ class Database:
     def close(self) -> None:
         """Close it. Calling it twice is fine."""
         with self._lock:
+            if self._closed:
+                return
+            self._closed = True
             try:
                 ours = identity(self.path) == self.identity
             except IndexUnavailable:

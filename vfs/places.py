@@ -54,7 +54,7 @@ def log_of(state_dir: Path, index: str | os.PathLike[str]) -> Path:
 
 
 def stores_of(state_dir: Path, index: str | os.PathLike[str]) -> Path:
-    """The store URLs the last mount used, for commands that run while nothing is mounted. Never holds a secret."""
+    """The store URLs the last mount used, for the next mount and commands in between. Never holds a secret."""
     return state_of(state_dir, index) / "stores.json"
 
 

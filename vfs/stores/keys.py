@@ -6,8 +6,9 @@ Used by whoever stores records (`encode`, `decode`, `name_of`) and by every stor
 - Each byte outside `[A-Za-z0-9._/-]` becomes `%XX` (upper case hexadecimal), so also `%` itself.
 - A part `.` becomes `%2E`, `..` becomes `%2E%2E`, an empty part becomes `%_` (which no byte becomes).
 - A first part that starts with `.runfs` becomes `%2Erunfs...`: that name is ours (`.runfs/<uuid>/...`).
-- A path whose key would be over 900 bytes becomes `<first part>/%-<blake3 of the path>` (`%-<blake3>` when
-  the first part is longer than 64); such a key cannot be decoded. S3 allows 1024 bytes with the prefix in it.
+- A path whose key would be over 900 bytes, or have a part over 255, becomes `<first part>/%-<blake3 of the path>`
+  (`%-<blake3>` when the first part is longer than 64); such a key cannot be decoded, the manifest has the name. S3 allows 1024
+  bytes with the prefix in it; SeaweedFS and everything that keeps objects as files allow 255 a part.
 
 Different paths have different keys, also after what engines do to names (they strip spaces at the ends, fold
 `//` and `\\`, replace bytes that are not UTF-8), because none of that can occur in a key.
@@ -20,6 +21,7 @@ from blake3 import blake3
 from vfs.errors import UsageError
 
 MAX_KEY = 900
+MAX_PART = 255
 MAX_FIRST_PART = 64  # a uuid has 12 to 36 characters: it stays readable before a hash
 RESERVED = ".runfs"
 
@@ -38,7 +40,7 @@ def encode(path: bytes) -> str:
     if parts[0].startswith(RESERVED):
         parts[0] = "%2E" + parts[0][1:]
     key = "/".join(parts)
-    if len(key) <= MAX_KEY:
+    if len(key) <= MAX_KEY and max(map(len, parts)) <= MAX_PART:
         return key
     hashed = _HASH + blake3(path).hexdigest()
     return f"{parts[0]}/{hashed}" if len(parts) > 1 and len(parts[0]) <= MAX_FIRST_PART else hashed

@@ -1,0 +1,163 @@
+"""A TCP proxy on loopback that misbehaves on command, to stand between a client and a real server.
+
+Used by the fault tests. `FaultProxy(port)` as a context manager; set `mode` at any time: it holds for what is forwarded from then
+on, also on open connections. Threads, so that it works beside any event loop. Modes:
+
+    pass      forward everything
+    refuse    the port is closed: connections are refused, open ones are reset
+    silent    accept and take everything, never answer
+    dribble   answers come at `rate` bytes per second
+    cut       an answer is cut, with a reset, after `cut_after` bytes (counted for each connection from when the mode is set)
+    delay     each piece of an answer comes `delay_s` late
+    busy      every request gets 503 Slow Down, and the connection is closed
+"""
+
+import contextlib
+import socket
+import struct
+import threading
+import time
+from types import TracebackType
+
+BUSY = (
+    b"HTTP/1.1 503 Slow Down\r\nContent-Type: application/xml\r\nContent-Length: 59\r\nConnection: close\r\n\r\n"
+    b"<Error><Code>SlowDown</Code><Message>busy</Message></Error>"
+)
+PIECE = 65536
+
+
+class FaultProxy:
+    """Forwards 127.0.0.1:`port` to 127.0.0.1:`to_port`. `requests` counts connections accepted since the start."""
+
+    def __init__(self, to_port: int) -> None:
+        self.to_port = to_port
+        self.mode = "pass"
+        self.rate = 1.0
+        self.cut_after = 1000
+        self.delay_s = 0.2
+        self.accepted = 0
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.port: int = self._listener.getsockname()[1]
+        self.endpoint = f"http://127.0.0.1:{self.port}"
+        self._lock = threading.Lock()
+        self._open: set[socket.socket] = set()
+        self._stop = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def __enter__(self) -> "FaultProxy":
+        self._start(self._accept)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._listener.close()
+        self._reset_all()
+        for thread in self._threads:
+            thread.join(5)
+
+    def set(self, mode: str) -> None:
+        """Change the mode; `refuse` also resets what is open."""
+        before, self.mode = self.mode, mode
+        if mode == "refuse":
+            self._listener.close()
+            self._reset_all()
+        elif before == "refuse":
+            self._listener = socket.create_server(("127.0.0.1", self.port), backlog=128)
+            self._start(self._accept)
+
+    def open_connections(self) -> int:
+        """Connections from clients and to the server that are open now."""
+        with self._lock:
+            return len(self._open)
+
+    def _start(self, target: object, *args: object) -> None:
+        thread = threading.Thread(target=target, args=args, daemon=True)  # type: ignore[arg-type]
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        listener = self._listener
+        listener.settimeout(0.1)
+        while not self._stop.is_set():
+            try:
+                client, _ = listener.accept()
+            except TimeoutError:
+                continue
+            except OSError:
+                return
+            self.accepted += 1
+            client.settimeout(None)
+            self._start(self._serve, client)
+
+    def _serve(self, client: socket.socket) -> None:
+        try:
+            server = socket.create_connection(("127.0.0.1", self.to_port), timeout=5)
+        except OSError:
+            client.close()
+            return
+        server.settimeout(None)
+        with self._lock:
+            self._open |= {client, server}
+        self._start(self._forward, client, server, False)
+        self._forward(server, client, True)
+
+    def _forward(self, source: socket.socket, target: socket.socket, answering: bool) -> None:
+        sent = 0
+        with contextlib.suppress(OSError):
+            while data := source.recv(PIECE):
+                if self.mode == "busy":
+                    self._say_busy(target if answering else source)
+                    break
+                if not answering:
+                    if self.mode != "silent":
+                        target.sendall(data)
+                    continue
+                sent = self._answer(target, data, sent)
+        self._close(source)
+        self._close(target)
+
+    def _answer(self, target: socket.socket, data: bytes, sent: int) -> int:
+        if self.mode == "cut":
+            target.sendall(data[: max(0, self.cut_after - sent)])
+            if sent + len(data) > self.cut_after:
+                raise ConnectionResetError
+            return sent + len(data)
+        if self.mode == "delay":
+            self._stop.wait(self.delay_s)
+        while data:
+            if self.mode == "silent":
+                return 0
+            if self.mode != "dribble":
+                target.sendall(data)
+                return 0
+            step = max(1, int(self.rate / 10))
+            target.sendall(data[:step])
+            data = data[step:]
+            if self._stop.wait(step / self.rate):
+                return 0
+        return 0
+
+    def _say_busy(self, client: socket.socket) -> None:
+        client.sendall(BUSY)
+        client.shutdown(socket.SHUT_WR)
+        client.settimeout(1.0)
+        end = time.monotonic() + 1.0
+        while time.monotonic() < end and client.recv(PIECE):
+            pass  # what is still being sent: closing with it unread would reset the answer away
+
+    def _reset_all(self) -> None:
+        with self._lock:
+            connections = list(self._open)
+        for connection in connections:
+            with contextlib.suppress(OSError):
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self._close(connection)
+
+    def _close(self, connection: socket.socket) -> None:
+        with self._lock:
+            self._open.discard(connection)
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+        connection.close()

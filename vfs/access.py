@@ -1,0 +1,219 @@
+"""Reaching the files of a node: attributes, directories, the note that something changes. The base of the file system.
+
+Used by `vfs/names.py`, `vfs/openfiles.py` and `vfs/filesystem.py`. Local disk only. Every path is resolved below the unit's
+directory and follows no link, so nothing in a record leads out of it.
+"""
+
+import errno
+import logging
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from vfs import linux
+from vfs.core import Core
+from vfs.errors import DamagedRecord, RunfsError
+from vfs.format import read_header
+from vfs.fstypes import Attributes, Caller, Handle
+from vfs.tree import FileNode, Link, Node, Tree, View
+from vfs.units import Unit
+
+log = logging.getLogger(__name__)
+
+# How long the kernel may keep what it was told, in seconds. Evicted files change only through the mount, which tells
+# the kernel; a working directory changes behind our back.
+LONG = 300.0
+
+
+class Access:
+    """The tree with the local files behind it."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self.tree = Tree(core.index, core.units)
+        self.tree.incoming = {os.fsencode(name): path for name, path in core.journal.incoming().items()}
+        self.watched: Callable[[Unit], bool] = lambda unit: False  # set by the daemon: changes are told as they happen
+        self._unsynced: dict[str, set[bytes]] = {}  # directories of a unit with names that are not synced yet
+        self._started_ns = time.time_ns()
+        self._owner = (os.getuid(), os.getgid())
+
+    # --- attributes --------------------------------------------------------------------------------------------
+
+    def lookup(self, parent: int, name: bytes) -> Attributes:
+        """Find a name in a directory; the kernel knows the node from here on."""
+        attributes = self._find(self.tree.get(parent), name)
+        self.tree.nodes[attributes.ino].lookups += 1
+        return attributes
+
+    def _find(self, parent: Node, name: bytes) -> Attributes:
+        if parent is self.tree.root:
+            node = self.tree.at_root(name)
+            return self.attributes_of(node)
+        if isinstance(parent, View):
+            return self.attributes_of(self.tree.in_view(parent, name))
+        if not isinstance(parent, FileNode):
+            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        with self._directory(parent) as fd:
+            status = os.stat(name, dir_fd=fd, follow_symlinks=False)
+        return self._describe(self.tree.child(parent, name, status), status)
+
+    def getattr(self, ino: int) -> Attributes:
+        return self.attributes_of(self.tree.get(ino))
+
+    def attributes_of(self, node: Node) -> Attributes:
+        if isinstance(node, FileNode):
+            return self._describe(node, self._stat(node))
+        if isinstance(node, Link):
+            return self._made_up(node, stat.S_IFLNK | 0o777, len(node.target), node.mtime_ns)
+        return self._made_up(node, stat.S_IFDIR | 0o755, 0, self._started_ns)
+
+    def _made_up(self, node: Node, mode: int, size: int, mtime_ns: int) -> Attributes:
+        uid, gid = self._owner
+        return Attributes(
+            node.ino, mode, 2 if stat.S_ISDIR(mode) else 1, uid, gid, size, 0, 0, mtime_ns, mtime_ns, mtime_ns, 0.0, 1.0
+        )
+
+    def _stat(self, node: FileNode) -> os.stat_result:
+        for handle in node.handles:
+            if isinstance(handle, Handle) and not node.named:
+                return os.fstat(handle.fd)
+        if isinstance(node.parent, FileNode):
+            with self._directory(node.parent) as fd:
+                return os.stat(node.name, dir_fd=fd, follow_symlinks=False)
+        fd = self._open_base(node.unit)
+        try:
+            return os.fstat(fd)
+        finally:
+            os.close(fd)
+
+    def _open_base(self, unit: Unit) -> int:
+        try:
+            return unit.open_base()
+        except DamagedRecord as error:
+            log.warning("%s", error)
+            raise
+
+    def _describe(self, node: FileNode, status: os.stat_result) -> Attributes:
+        timeout = LONG if node.unit.evicted or self.watched(node.unit) else 0.0
+        return Attributes(
+            node.ino,
+            status.st_mode,
+            status.st_nlink,
+            status.st_uid,
+            status.st_gid,
+            status.st_size,
+            status.st_blocks,
+            status.st_rdev,
+            status.st_atime_ns,
+            status.st_mtime_ns,
+            self._core.ctime(status) if node.unit.evicted else status.st_ctime_ns,
+            timeout,
+            timeout,
+        )
+
+    @contextmanager
+    def _directory(self, node: FileNode) -> Iterator[int]:
+        """An O_PATH descriptor of a directory node, reached without following any link."""
+        base = self._open_base(node.unit)
+        try:
+            path = node.path
+            fd = linux.open_beneath(base, path, os.O_PATH | os.O_DIRECTORY) if path else base
+            try:
+                yield fd
+            finally:
+                if fd != base:
+                    os.close(fd)
+        finally:
+            os.close(base)
+
+    def _files(self, ino: int) -> FileNode:
+        """The directory node in which names can be made. Raises EPERM, EROFS outside records."""
+        node = self.tree.get(ino)
+        if isinstance(node, FileNode):
+            return node
+        raise PermissionError(errno.EPERM, "only records and their files can be changed here")
+
+    def _reach(self, node: FileNode, handle: Handle | None) -> int:
+        """An O_PATH descriptor of a node itself, also when it has no name any more."""
+        if not node.named:
+            for other in [handle, *node.handles]:
+                if isinstance(other, Handle):
+                    return os.open(f"/proc/self/fd/{other.fd}", os.O_PATH | os.O_CLOEXEC)
+        base = self._open_base(node.unit)
+        path = node.path
+        if not path:
+            return base
+        try:
+            return linux.open_beneath(base, path, os.O_PATH | os.O_NOFOLLOW)
+        finally:
+            os.close(base)
+
+    def _open_real(self, node: FileNode, flags: int) -> int:
+        base = self._open_base(node.unit)
+        try:
+            # O_NONBLOCK: a file that is being evicted answers EWOULDBLOCK at once, and stays.
+            return linux.open_beneath(base, node.path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+        finally:
+            os.close(base)
+
+    def readlink(self, ino: int) -> bytes:
+        node = self.tree.get(ino)
+        if isinstance(node, Link):
+            return node.target
+        if not isinstance(node, FileNode) or not isinstance(node.parent, FileNode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        with self._directory(node.parent) as fd:
+            return os.fsencode(os.readlink(node.name, dir_fd=fd))
+
+    def statfs(self) -> os.statvfs_result:
+        return os.statvfs(self._core.settings.cache_place)
+
+    def forget(self, ino: int, count: int) -> None:
+        self.tree.forget(ino, count)
+
+    # --- change ---------------------------------------------------------------------------------------------------
+
+    def _change(self, node: FileNode) -> None:
+        """Note durably that a unit changes, before it does."""
+        if self._core.settings.read_only:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        self._core.units.mark_dirty(node.unit, "changed through the mount")
+
+    def _named(self, parent: FileNode) -> None:
+        """A name is about to be made or removed in a directory."""
+        self._change(parent)
+        self._unsynced.setdefault(parent.unit.uuid, set()).add(parent.path)
+
+    def _own(self, fd: int, name: bytes, caller: Caller) -> None:
+        """Give a new name its maker's owner (the daemon may be root); the group as the directory's set-gid bit says."""
+        if os.geteuid() != 0 or (caller.uid, caller.gid) == (0, 0):
+            return
+        inherits = os.fstat(fd).st_mode & stat.S_ISGID
+        os.chown(name, caller.uid, -1 if inherits else caller.gid, dir_fd=fd, follow_symlinks=False)
+
+    def _new(self, parent: FileNode, name: bytes) -> Attributes:
+        with self._directory(parent) as fd:
+            status = os.stat(name, dir_fd=fd, follow_symlinks=False)
+        node = self.tree.child(parent, name, status)
+        node.lookups += 1
+        return self._describe(node, status)
+
+    # --- the identity of an indexed record stays ---------------------------------------------------------------
+
+    def _guard_name(self, parent: FileNode, name: bytes) -> None:
+        if name == b"id.json" and self._is_indexed(parent):
+            raise PermissionError(errno.EPERM, "id.json of an indexed record is read-only")
+
+    def _guard_header(self, node: FileNode) -> None:
+        if isinstance(node.parent, FileNode):
+            self._guard_name(node.parent, node.name)
+
+    def _is_indexed(self, directory: FileNode) -> bool:
+        path = directory.path
+        try:
+            header = read_header(os.path.join(directory.unit.base, path) if path else directory.unit.base)
+        except (RunfsError, OSError):
+            return False
+        return self._core.index.get(header.uuid) is not None

@@ -1,0 +1,95 @@
+"""The values that go in and out of the file operations. Pure.
+
+Used by `vfs/filesystem.py` and its parts, and by the daemon's handlers, which translate them.
+"""
+
+import os
+from dataclasses import dataclass, field
+
+from vfs.cache import Partial
+from vfs.tree import FileNode, Inode, Node
+
+WINDOW_FIRST = 1  # chunks brought beyond a read that goes on where the last one ended; doubles
+
+
+class Needs(Exception):
+    """These chunks of a file must be brought before the call can be answered. `partial` is held for the caller, who
+    gives it back with `Core.release`."""
+
+    def __init__(self, partial: Partial, numbers: list[int], ahead: list[int], node: FileNode) -> None:
+        super().__init__(f"{len(numbers)} chunks")
+        self.partial = partial
+        self.numbers = numbers
+        self.ahead = ahead
+        self.uuid = node.unit.uuid
+        self.path = node.path if node.named else b"(removed)"
+
+
+@dataclass(frozen=True, slots=True)
+class Attributes:
+    """What the kernel is told of a node. Sizes in bytes, times in ns, timeouts in seconds."""
+
+    ino: Inode
+    mode: int
+    nlink: int
+    uid: int
+    gid: int
+    size: int
+    blocks: int
+    rdev: int
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+    entry_timeout: float = 0.0
+    attr_timeout: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks, as the kernel says."""
+
+    uid: int
+    gid: int
+    pid: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a setattr asks for; None leaves as is."""
+
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    size: int | None = None
+    atime_ns: int | None = None
+    mtime_ns: int | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Handle:
+    """An open file. `partial` is set where bytes may be missing; `end` and `window` follow a sequential reader."""
+
+    node: FileNode
+    fd: int
+    flags: int
+    partial: Partial | None
+    keep_cache: bool = False
+    wrote: bool = False
+    end: int = 0
+    window: int = WINDOW_FIRST
+    pid: int = 0
+
+    @property
+    def writable(self) -> bool:
+        return self.flags & os.O_ACCMODE != os.O_RDONLY
+
+
+@dataclass(slots=True, eq=False)
+class Listing:
+    """An open directory: names as they were when it was read, or pages of the root."""
+
+    node: Node
+    names: list[bytes] | None = None
+    pages: list[str] = field(default_factory=lambda: [""])
+    page_number: int = -1
+    page: list[bytes] = field(default_factory=list)

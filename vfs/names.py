@@ -1,0 +1,132 @@
+"""Operations on names: mkdir, link, rename and the like. A part of the file system."""
+
+import errno
+import os
+import stat
+from contextlib import suppress
+
+from vfs import linux
+from vfs.access import Access
+from vfs.fstypes import Attributes, Caller
+from vfs.tree import BY, FileNode
+
+
+class Names(Access):
+    """Making and removing names."""
+
+    def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> Attributes:
+        if self.tree.get(parent) is self.tree.root:
+            return self._incoming(name, mode, caller)
+        node = self._files(parent)
+        self._named(node)
+        with self._directory(node) as fd:
+            os.mkdir(name, mode & 0o7777, dir_fd=fd)
+            self._own(fd, name, caller)
+            if mode & stat.S_ISVTX:
+                os.chmod(name, stat.S_IMODE(os.stat(name, dir_fd=fd).st_mode) | stat.S_ISVTX, dir_fd=fd)
+        return self._new(node, name)
+
+    def symlink(self, parent: int, name: bytes, target: bytes, caller: Caller) -> Attributes:
+        node = self._files(parent)
+        self._named(node)
+        with self._directory(node) as fd:
+            os.symlink(target, name, dir_fd=fd)
+            self._own(fd, name, caller)
+        return self._new(node, name)
+
+    def mknod(self, parent: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Attributes:
+        node = self._files(parent)
+        self._named(node)
+        with self._directory(node) as fd:
+            os.mknod(name, mode, rdev, dir_fd=fd)
+            self._own(fd, name, caller)
+        return self._new(node, name)
+
+    def link(self, ino: int, parent: int, name: bytes) -> Attributes:
+        """A hard link: inside one unit only, as content is kept by unit."""
+        node, target = self._files(ino), self._files(parent)
+        if node.unit is not target.unit:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        self._named(target)
+        source = node.parent
+        if not isinstance(source, FileNode):
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+        with self._directory(source) as source_fd, self._directory(target) as fd:
+            os.link(node.name, name, src_dir_fd=source_fd, dst_dir_fd=fd, follow_symlinks=False)
+            status = os.stat(name, dir_fd=fd, follow_symlinks=False)
+        self.tree.attach(node, target, name)
+        node.lookups += 1
+        return self._describe(node, status)
+
+    def unlink(self, parent: int, name: bytes) -> None:
+        node = self._files(parent)
+        self._guard_name(node, name)
+        self._named(node)
+        with self._directory(node) as fd:
+            os.unlink(name, dir_fd=fd)
+        self.tree.detach(node, name)
+
+    def rmdir(self, parent: int, name: bytes) -> None:
+        if self.tree.get(parent) is self.tree.root:
+            self._rmdir_root(name)
+            return
+        node = self._files(parent)
+        self._named(node)
+        with self._directory(node) as fd:
+            os.rmdir(name, dir_fd=fd)
+        self.tree.detach(node, name)
+
+    def _rmdir_root(self, name: bytes) -> None:
+        if name not in self.tree.incoming:
+            raise PermissionError(errno.EPERM, "a record is not removed through the mount")
+        os.rmdir(self.tree.incoming[name])
+        del self.tree.incoming[name]
+        self._core.journal.drop_incoming(os.fsdecode(name))
+        self.tree.detach(self.tree.root, name)
+
+    def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0) -> None:
+        """Rename within a unit or between units whose files are kept alike (EXDEV otherwise: tools then copy)."""
+        source, target = self._files(parent), self._files(new_parent)
+        if source.unit is not target.unit and (source.unit.evicted or target.unit.evicted):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        self._guard_name(source, name)
+        self._guard_name(target, new_name)
+        self._named(source)
+        self._named(target)
+        with self._directory(source) as source_fd, self._directory(target) as fd:
+            linux.rename_at(source_fd, name, fd, new_name, flags)
+            same = self._same_file(source_fd, name, fd, new_name)
+        if same and not flags:
+            return  # two names of one file: rename(2) does nothing
+        if flags & 2:
+            self.tree.swap(source, name, target, new_name)
+        else:
+            self.tree.move(source, name, target, new_name)
+
+    @staticmethod
+    def _same_file(source_fd: int, name: bytes, fd: int, new_name: bytes) -> bool:
+        with suppress(FileNotFoundError):
+            one = os.stat(name, dir_fd=source_fd, follow_symlinks=False)
+            return os.path.samestat(one, os.stat(new_name, dir_fd=fd, follow_symlinks=False))
+        return False
+
+    # --- incoming ----------------------------------------------------------------------------------------------
+
+    def _incoming(self, name: bytes, mode: int, caller: Caller) -> Attributes:
+        """A directory at the root for a record that comes from elsewhere. It is a place in the storage."""
+        if self._core.settings.read_only:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        if name == BY or name in self.tree.incoming or self._core.index.get(os.fsdecode(name)) is not None:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        storage = os.fsencode(self._core.settings.project_dir / "storage")
+        os.makedirs(storage, exist_ok=True)
+        directory = storage + b"/" + name
+        os.mkdir(directory, mode & 0o7777)
+        self._core.journal.add_incoming(os.fsdecode(name), directory)
+        self.tree.incoming[name] = directory
+        at = os.open(storage, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self._own(at, name, caller)
+        finally:
+            os.close(at)
+        return self.lookup(self.tree.root.ino, name)

@@ -1,0 +1,278 @@
+"""Operations on the content of files: open, read, write, truncate, sync. A part of the file system."""
+
+import os
+import stat
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from vfs import linux
+from vfs.access import Access
+from vfs.cache import Partial
+from vfs.fstypes import WINDOW_FIRST, Attributes, Caller, Change, Handle, Listing, Needs
+from vfs.manifest import CHUNK, chunk_count
+from vfs.tree import FileNode
+from vfs.units import Unit
+
+_WINDOW_MOST = 32  # chunks
+_STABLE_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_SYNC | os.O_DSYNC | os.O_NOATIME
+
+
+class OpenFiles(Access):
+    """Open files, and what changes a file's content or attributes."""
+
+    def setattr(self, ino: int, change: Change, handle: Handle | None = None) -> Attributes:
+        """chmod, chown, utimes, truncate. Raises Needs when a truncation cuts through bytes that are not here."""
+        node = self._files(ino)
+        if change.size is not None:
+            self._guard_header(node)
+            self._truncate(node, change.size, handle)
+        self._change(node)
+        fd = self._reach(node, handle)
+        try:
+            target = f"/proc/self/fd/{fd}"
+            status = os.fstat(fd)
+            if change.uid is not None or change.gid is not None:
+                self._chown(node, fd, change)
+            if change.mode is not None and not stat.S_ISLNK(status.st_mode):
+                os.chmod(target, stat.S_IMODE(change.mode))
+            if change.atime_ns is not None or change.mtime_ns is not None:
+                atime = change.atime_ns if change.atime_ns is not None else status.st_atime_ns
+                mtime = change.mtime_ns if change.mtime_ns is not None else status.st_mtime_ns
+                self._utime(node, fd, (atime, mtime))
+            after = os.fstat(fd)
+        finally:
+            os.close(fd)
+        self._core.forget_ctime(after)
+        return self._describe(node, after)
+
+    def _chown(self, node: FileNode, fd: int, change: Change) -> None:
+        uid = -1 if change.uid is None else change.uid
+        gid = -1 if change.gid is None else change.gid
+        if isinstance(node.parent, FileNode) and stat.S_ISLNK(os.fstat(fd).st_mode):
+            with self._directory(node.parent) as at:
+                os.chown(node.name, uid, gid, dir_fd=at, follow_symlinks=False)
+        else:
+            os.chown(f"/proc/self/fd/{fd}", uid, gid)
+
+    def _utime(self, node: FileNode, fd: int, times: tuple[int, int]) -> None:
+        if isinstance(node.parent, FileNode) and stat.S_ISLNK(os.fstat(fd).st_mode):
+            with self._directory(node.parent) as at:
+                os.utime(node.name, ns=times, dir_fd=at, follow_symlinks=False)
+        else:
+            os.utime(f"/proc/self/fd/{fd}", ns=times)
+
+    def _truncate(self, node: FileNode, size: int, handle: Handle | None) -> None:
+        self._change(node)
+        fd = handle.fd if handle is not None and handle.writable else self._open_real(node, os.O_WRONLY)
+        try:
+            partial = self._core.partial(fd) if node.unit.evicted else None
+            if partial is None:
+                os.ftruncate(fd, size)
+            else:
+                self._truncate_partial(node, fd, partial, size)
+        finally:
+            if handle is None or fd != handle.fd:
+                os.close(fd)
+        node.unsynced = True
+
+    def _truncate_partial(self, node: FileNode, fd: int, partial: Partial, size: int) -> None:
+        try:
+            if needed := partial.needed_for_truncate(size):
+                raise self._needs(partial, needed, [], node)
+            partial.truncate(size, fd)
+        finally:
+            self._core.release(partial)
+
+    def open(self, ino: int, flags: int) -> Handle:
+        """Open a file. Touches no store. Raises EWOULDBLOCK while the file is just being evicted: try again."""
+        node = self._files(ino)
+        writes = flags & os.O_ACCMODE != os.O_RDONLY or bool(flags & os.O_TRUNC)
+        if writes:
+            self._guard_header(node)
+            self._change(node)
+        fd = self._open_real(node, flags & _STABLE_FLAGS)
+        return self._opened(node, fd, flags)
+
+    def create(self, parent: int, name: bytes, mode: int, flags: int, caller: Caller) -> tuple[Handle, Attributes]:
+        node = self._files(parent)
+        self._guard_name(node, name)
+        self._named(node)
+        with self._directory(node) as at:
+            fd, made = self._create(at, name, mode, flags)
+            try:
+                if made:
+                    self._own(at, name, caller)
+                status = os.fstat(fd)
+            except BaseException:
+                os.close(fd)
+                raise
+        child = self.tree.child(node, name, status)
+        child.lookups += 1
+        handle = self._opened(child, fd, flags & ~os.O_EXCL)
+        child.unsynced = handle.wrote = True  # so that closing it makes its name durable
+        return handle, self._describe(child, os.fstat(fd))
+
+    @staticmethod
+    def _create(at: int, name: bytes, mode: int, flags: int) -> tuple[int, bool]:
+        wanted = flags & _STABLE_FLAGS | os.O_NOFOLLOW | os.O_NONBLOCK
+        try:
+            return linux.open_beneath(at, name, wanted | os.O_CREAT | os.O_EXCL, mode & 0o7777), True
+        except FileExistsError:
+            if flags & os.O_EXCL:
+                raise
+            return linux.open_beneath(at, name, wanted), False
+
+    def _opened(self, node: FileNode, fd: int, flags: int) -> Handle:
+        try:
+            partial = self._core.partial(fd) if node.unit.evicted else None
+        except BaseException:
+            os.close(fd)
+            raise
+        handle = Handle(node, fd, flags, partial)
+        node.handles.append(handle)
+        node.unit.handles += 1
+        node.unit.writers += handle.writable
+        node.unit.used_ns = time.time_ns()
+        if flags & os.O_TRUNC:
+            try:
+                self._truncate_opened(node, handle)
+            except BaseException:
+                self.release(handle)
+                raise
+        status = os.fstat(fd)
+        stamp = (status.st_size, status.st_mtime_ns, self._core.ctime(status))
+        handle.keep_cache = node.stamp == stamp
+        node.stamp = stamp
+        return handle
+
+    def _truncate_opened(self, node: FileNode, handle: Handle) -> None:
+        if handle.writable:
+            self._truncate(node, 0, handle)
+        else:  # O_RDONLY | O_TRUNC: unspecified by POSIX, truncates on Linux
+            self._truncate(node, 0, None)
+        handle.wrote = True
+
+    def read(self, handle: Handle, offset: int, size: int) -> bytes:
+        """Bytes of an open file. Raises Needs with the chunks to bring, and those worth bringing ahead."""
+        self.have(handle, offset, size)
+        return os.pread(handle.fd, size, offset)
+
+    def have(self, handle: Handle, offset: int, size: int) -> None:
+        """Raise Needs unless these bytes of an open file are here."""
+        partial = handle.partial
+        if partial is not None and not partial.complete:
+            self._follow_reader(handle, offset, size)
+            missing = partial.missing(offset, size)
+            if missing:
+                ahead = self._ahead(handle, partial, missing[-1] + 1)
+                raise self._needs(partial, missing, ahead, handle.node)
+
+    @staticmethod
+    def _follow_reader(handle: Handle, offset: int, size: int) -> None:
+        # Read-ahead of the kernel overlaps and reorders a little; a jump is more than a few chunks away.
+        if -CHUNK <= offset - handle.end <= 4 * CHUNK and offset > 0:
+            if offset >= handle.end:
+                handle.window = min(handle.window * 2, _WINDOW_MOST)
+        elif offset != handle.end:
+            handle.window = 0 if offset else WINDOW_FIRST
+        handle.end = max(offset + size, handle.end) if offset - handle.end <= 4 * CHUNK else offset + size
+
+    @staticmethod
+    def _ahead(handle: Handle, partial: Partial, first: int) -> list[int]:
+        return partial.missing(first * CHUNK, handle.window * CHUNK)
+
+    def ahead(self, handle: Handle, offset: int, size: int) -> list[int]:
+        """Chunks a sequential reader will want soon, when what it asked for was here already."""
+        partial = handle.partial
+        if partial is None or partial.complete or handle.window < 2:
+            return []
+        first = chunk_count(offset + size)
+        half = first + handle.window // 2
+        # Ask again only when half of the window is used up, so that flights stay long.
+        if not partial.missing(first * CHUNK, (half - first) * CHUNK):
+            return []
+        return partial.missing(first * CHUNK, handle.window * CHUNK)
+
+    def write(self, handle: Handle, offset: int, data: bytes) -> int:
+        """Write to an open file. Raises Needs for chunks that are covered only in part and are not here."""
+        node = handle.node
+        node.unit.note_change()
+        handle.wrote = node.unsynced = True
+        if not node.unit.dirty:
+            self._change(node)
+        partial = handle.partial
+        if partial is None:
+            return os.pwrite(handle.fd, data, offset)
+        start = os.fstat(handle.fd).st_size if handle.flags & os.O_APPEND else offset
+        if needed := partial.needed_for_write(start, len(data)):
+            raise self._needs(partial, needed, [], node)
+        return partial.write(handle.fd, data, start)
+
+    def _needs(self, partial: Partial, numbers: list[int], ahead: list[int], node: FileNode) -> Needs:
+        self._core.hold(partial)
+        return Needs(partial, numbers, ahead, node)
+
+    def sync_plan(self, handle: Handle, *, data_only: bool = False) -> Callable[[], None] | None:
+        """What must reach the disk before close or fsync may be answered, as a call for a worker thread, or None."""
+        node = handle.node
+        directories = self._take_unsynced(node.unit)
+        if not node.unsynced and not handle.wrote and not directories:
+            return None
+        fd = os.dup(handle.fd)
+        node.unsynced = handle.wrote = False
+        partial, unit = handle.partial, node.unit
+
+        def sync() -> None:
+            try:
+                if partial is not None:
+                    partial.save()
+                os.fdatasync(fd) if data_only and partial is None else os.fsync(fd)
+                sync_directories(unit, directories)
+            except BaseException:
+                node.unsynced = True
+                self._unsynced.setdefault(unit.uuid, set()).update(directories)
+                raise
+            finally:
+                os.close(fd)
+
+        return sync
+
+    def sync_directory_plan(self, listing: Listing) -> Callable[[], None]:
+        """The same for fsync of a directory."""
+        node = listing.node
+        if not isinstance(node, FileNode):
+            return lambda: None
+        unit, directories = node.unit, self._take_unsynced(node.unit) | {node.path}
+        return lambda: sync_directories(unit, directories)
+
+    def _take_unsynced(self, unit: Unit) -> set[bytes]:
+        return self._unsynced.pop(unit.uuid, set())
+
+    def release(self, handle: Handle) -> None:
+        """The last use of a handle is over."""
+        node = handle.node
+        node.handles.remove(handle)
+        node.unit.handles -= 1
+        node.unit.writers -= handle.writable
+        node.unit.used_ns = time.time_ns()
+        if handle.writable:
+            node.unit.note_change()
+        os.close(handle.fd)
+        if handle.partial is not None:
+            self._core.release(handle.partial)
+
+
+def sync_directories(unit: Unit, directories: set[bytes]) -> None:
+    """fsync directories of a unit; one that is gone needs none."""
+    base = os.open(unit.base, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for path in directories:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                fd = linux.open_beneath(base, path or b".", os.O_RDONLY | os.O_DIRECTORY)
+                try:
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+    finally:
+        os.close(base)
