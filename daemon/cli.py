@@ -6,6 +6,7 @@ something is not, 2 wrong usage.
 """
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -351,7 +352,8 @@ def _checked_where(where: str | None) -> str | None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and give its exit code; every failure is one line on stderr."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names are bytes and need not be text
     as_json = "--json" in arguments
     try:
         code = app(args=arguments, prog_name="runfs", standalone_mode=False)

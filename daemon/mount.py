@@ -2,8 +2,8 @@
 
 Tasks in the nursery: pyfuse3's main loop; the control socket; the pusher (pushes what is dirty and quiet); the index
 watch (what other processes changed, four times a second); the look over all records at start; the free-space
-watch; the watchdog. Worker threads run pushes, evictions and commands. Between two checkpoints of the trio thread no file operation
-runs: `core.commit` uses this for the moment in which a unit changes place.
+watch; the watchdog. Worker threads run pushes, evictions and commands. Between two checkpoints of the trio thread no
+file operation runs: `core.commit` uses this for the moment in which a unit changes place.
 
 Order at the end: no new pushes by themselves, drain what is dirty (bounded), unmount, close. SIGTERM and SIGINT do the
 same as `runfs umount`.
@@ -21,7 +21,7 @@ import pyfuse3
 import trio
 
 from daemon import control, mounts, notify
-from daemon.operations import Operations, close_all
+from daemon.operations import Operations, OperationsWithAttributes, close_all
 from daemon.transfers import Transfers
 from daemon.upkeep import Upkeep
 from vfs import report
@@ -63,7 +63,8 @@ class Mount:
         core = self.session.core
         transfers = Transfers(core, self.files, self.session.hydrator, self.session.pusher)
         self.session.waiting = transfers.waiting
-        operations = Operations(self.files, transfers)
+        kind = OperationsWithAttributes if self.session.settings.xattr else Operations
+        operations = kind(self.files, transfers)
         token = trio.lowlevel.current_trio_token()
         core.commit = lambda call: trio.from_thread.run_sync(call, trio_token=token)
         self.upkeep = Upkeep(self.session, self.files)

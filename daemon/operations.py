@@ -22,15 +22,16 @@ from vfs.filesystem import Attributes, Caller, Change, FileSystem, Handle, Listi
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
+S = TypeVar("S", bound=pyfuse3.Operations)
 
 
 def handler(
-    method: Callable[Concatenate["Operations", P], Coroutine[Any, Any, R]],
-) -> Callable[Concatenate["Operations", P], Coroutine[Any, Any, R]]:
+    method: Callable[Concatenate[S, P], Coroutine[Any, Any, R]],
+) -> Callable[Concatenate[S, P], Coroutine[Any, Any, R]]:
     """Map every error to an errno, in one place; what nobody expected is logged and answered with EIO."""
 
     @functools.wraps(method)
-    async def wrapped(self: "Operations", *args: P.args, **kwargs: P.kwargs) -> R:
+    async def wrapped(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return await method(self, *args, **kwargs)
         except pyfuse3.FUSEError:
@@ -46,7 +47,7 @@ def handler(
             log.exception("%s failed unexpectedly; please report this", method.__name__)
             raise pyfuse3.FUSEError(errno.EIO) from None
 
-    return cast("Callable[Concatenate[Operations, P], Coroutine[Any, Any, R]]", wrapped)
+    return cast("Callable[Concatenate[S, P], Coroutine[Any, Any, R]]", wrapped)
 
 
 class Operations(pyfuse3.Operations):
@@ -230,6 +231,26 @@ class Operations(pyfuse3.Operations):
     @handler
     async def release(self, fh: int) -> None:
         self._files.release(self._handles.pop(fh))
+
+
+class OperationsWithAttributes(Operations):
+    """The same with extended attributes (`--xattr`)."""
+
+    @handler
+    async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        return self._files.getxattr(inode, name)
+
+    @handler
+    async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
+        return self._files.listxattr(inode)
+
+    @handler
+    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
+        self._files.setxattr(inode, name, value)
+
+    @handler
+    async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        self._files.removexattr(inode, name)
 
 
 def caller(ctx: pyfuse3.RequestContext) -> Caller:

@@ -28,7 +28,7 @@ _RETRY_FIRST_S = 2.0
 _RETRY_MOST_S = 300.0
 _SPACE_S = 10.0
 _LOOK_BATCH = 200
-_WATCHED_MOST = 2000  # records watched by inotify at a time: live and recently used ones
+_SAVE_USE_S = 60.0
 
 
 class _Quiet:
@@ -53,6 +53,8 @@ class Upkeep:
         self._retry: dict[str, tuple[float, float]] = {}
         self._draining = False
         self._marks: dict[str, int] = {}
+        self._compare_wanted = False
+        self._compare_next = 0.0  # a large index is not compared all the time
         self._watcher = Watcher(self._changed_outside, limit=None)
         self._core.units.moved.append(self._moved)
         self._core.content_changed.append(self._moved)
@@ -126,10 +128,17 @@ class Upkeep:
         for unit in self._core.units.dirty():
             if unit.uuid in self._busy or self._retry.get(unit.uuid, (0.0, 0.0))[0] > now:
                 continue
-            quiet = now - unit.changed_at >= settings.quiet_s and not unit.writers
+            quiet = now - unit.changed_at >= settings.quiet_s and not unit.writers and not self._live(unit)
             if quiet or now - unit.first_change >= settings.every_s:
                 due.append(unit)
         return due[: 4 * _PUSHES]
+
+    def _live(self, unit: Unit) -> bool:
+        """A live run is never quiet: heartbeats and logs are pushed every so often, together."""
+        try:
+            return self._session.evictor.live(unit) is not None
+        except (RunfsError, OSError):
+            return False
 
     async def _push(self, unit: Unit) -> None:
         try:
@@ -200,14 +209,18 @@ class Upkeep:
                 change = await trio.to_thread.run_sync(self._core.index.changed)
                 if change is not None:
                     await self._index_changed(change.rebuilt)
+                if self._compare_wanted and time.monotonic() >= self._compare_next:
+                    self._compare_wanted = False
+                    await trio.to_thread.run_sync(self._compare_marks)
             except RunfsError as error:
                 log.warning("the index cannot be read just now: %s", error)
                 await trio.sleep(1.0)
 
     async def _index_changed(self, rebuilt: bool) -> None:
-        await trio.to_thread.run_sync(self._session.put_rows_back)
+        if rebuilt:
+            await trio.to_thread.run_sync(self._session.put_rows_back)
         await self._recheck_names()
-        await trio.to_thread.run_sync(self._compare_marks)
+        self._compare_wanted = True
 
     async def _recheck_names(self) -> None:
         """Names at the root that the kernel knows and the index now says otherwise of."""
@@ -219,10 +232,12 @@ class Upkeep:
 
     def _compare_marks(self) -> None:
         """Find records whose row changed: machinable bumps `updated_at` with each official change."""
+        began = time.monotonic()
         for uuid, mark in self._all_marks():
             if self._marks.get(uuid) != mark:
                 self._marks[uuid] = mark
                 self._token.run_sync_soon(self._row_changed, uuid)
+        self._compare_next = time.monotonic() + 20 * (time.monotonic() - began)
 
     def _all_marks(self) -> list[tuple[str, int]]:
         found: list[tuple[str, int]] = []
@@ -304,9 +319,18 @@ class Upkeep:
             log.info("the disk was nearly full: evicted %d records, %d bytes", len(done["evicted"]), done["bytes"])
 
     async def _use_loop(self) -> None:
+        """Watch what is in use, and remember when it was."""
+        since_saved = 0.0
         while True:
-            await trio.sleep(60.0)
-            await trio.to_thread.run_sync(self._save_use)
+            await trio.sleep(1.0)
+            recent = time.time_ns() - int(2e9)
+            for unit in self._core.units.live():
+                if unit.used_ns > recent and not unit.evicted and not self._watcher.watching(unit.uuid):
+                    await trio.to_thread.run_sync(self._watch, unit)
+            since_saved += 1.0
+            if since_saved >= _SAVE_USE_S:
+                since_saved = 0.0
+                await trio.to_thread.run_sync(self._save_use)
 
     def _save_use(self) -> None:
         used = {unit.uuid: unit.used_ns for unit in self._core.units.live() if unit.used_ns}

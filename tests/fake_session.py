@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,8 @@ class FakeDaemon:
     def stop_soon(self) -> None:
         """From any thread; those that run get their answers first."""
         if self._thread.is_alive() and self._token is not None and self._scope is not None:
-            self._token.run_sync_soon(self._scope.cancel)
+            with suppress(trio.RunFinishedError):  # it has just ended by itself
+                self._token.run_sync_soon(self._scope.cancel)
 
     def stop(self) -> None:
         self.stop_soon()

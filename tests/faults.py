@@ -1,15 +1,15 @@
 """A TCP proxy on loopback that misbehaves on command, to stand between a client and a real server.
 
-Used by the fault tests. `FaultProxy(port)` as a context manager; set `mode` at any time: it holds for what is forwarded from then
-on, also on open connections. Threads, so that it works beside any event loop. Modes:
+Used by the fault tests. `FaultProxy(port)` as a context manager; set `mode` at any time: it holds for what is
+forwarded from then on, also on open connections. Threads, so that it works beside any event loop. Modes:
 
     pass      forward everything
     refuse    the port is closed: connections are refused, open ones are reset
     silent    accept and take everything, never answer
     dribble   answers come at `rate` bytes per second
-    cut       an answer is cut, with a reset, after `cut_after` bytes (counted for each connection from when the mode is set)
-    delay     each piece of an answer comes `delay_s` late
-    busy      every request gets 503 Slow Down, and the connection is closed
+    cut       an answer is cut, with a reset, after `cut_after` bytes (counted for each connection from when the mode
+    is set) delay     each piece of an answer comes `delay_s` late busy      every request gets 503 Slow Down, and the
+    connection is closed
 """
 
 import contextlib

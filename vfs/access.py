@@ -1,7 +1,7 @@
 """Reaching the files of a node: attributes, directories, the note that something changes. The base of the file system.
 
-Used by `vfs/names.py`, `vfs/openfiles.py` and `vfs/filesystem.py`. Local disk only. Every path is resolved below the unit's
-directory and follows no link, so nothing in a record leads out of it.
+Used by `vfs/names.py`, `vfs/openfiles.py` and `vfs/filesystem.py`. Local disk only. Every path is resolved below the
+unit's directory and follows no link, so nothing in a record leads out of it.
 """
 
 import errno
@@ -23,8 +23,10 @@ from vfs.units import Unit
 log = logging.getLogger(__name__)
 
 # How long the kernel may keep what it was told, in seconds. Evicted files change only through the mount, which tells
-# the kernel; a working directory changes behind our back.
-LONG = 300.0
+# the kernel; a working directory changes behind our back. A watched one is told of at once, but for what inotify cannot
+# see (writes through a memory map), so its time is short.
+EVICTED = 300.0
+WATCHED = 1.0
 
 
 class Access:
@@ -96,7 +98,7 @@ class Access:
             raise
 
     def _describe(self, node: FileNode, status: os.stat_result) -> Attributes:
-        timeout = LONG if node.unit.evicted or self.watched(node.unit) else 0.0
+        timeout = EVICTED if node.unit.evicted else WATCHED if self.watched(node.unit) else 0.0
         return Attributes(
             node.ino,
             status.st_mode,

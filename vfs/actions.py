@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from vfs import policy
 from vfs.core import Core, Home, manifest_key
 from vfs.errors import ManifestError, NotFound, Refused, RunfsError, StoreError, UsageError
+from vfs.evict import is_directory
 from vfs.format import read_header
 from vfs.hydrate import read_back
 from vfs.manifest import Manifest, parse
@@ -322,9 +323,9 @@ def _check(
 def put_rows_back(core: Core) -> list[str]:
     """Insert the kept rows of evicted units the index has not: their directories are links, which no walk finds."""
     missing: list[dict[str, Any]] = []
-    for uuid, rows in core.journal.evicted_rows().items():
-        if core.index.get(uuid) is None:
-            missing += json.loads(rows)
+    for uuid in core.journal.unit_uuids():
+        row = core.journal.unit(uuid) if core.index.get(uuid) is None else None
+        missing += json.loads(row.rows) if row is not None else ()
     back = core.index.put_back(missing) if missing else []
     if back:
         log.warning("put %d rows of evicted records back into the index, which was rebuilt without them", len(back))
@@ -405,7 +406,7 @@ def _is_here(session: "Session", uuid: str) -> bool:
         unit = session.core.units.get(uuid)
     except RunfsError:
         return False
-    return os.path.isdir(unit.base) and not os.path.islink(unit.base)
+    return is_directory(unit.base)
 
 
 def _place_for(session: "Session", manifest: Manifest) -> bytes:

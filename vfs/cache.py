@@ -69,6 +69,17 @@ def read_header(target: int | bytes) -> Header | None:
     return Header(digest, size, bool(changed), tuple(_RUN.iter_unpack(tail[: len(tail) // 8 * 8])))
 
 
+def user_attributes(fd: int) -> tuple[tuple[str, bytes], ...]:
+    """The extended attributes of an open file that belong to its record: `user.*`, without ours."""
+    try:
+        names = sorted(name for name in os.listxattr(fd) if name.startswith("user.") and name != ATTRIBUTE)
+    except OSError as error:
+        if error.errno == errno.EOPNOTSUPP:
+            return ()
+        raise
+    return tuple((name, os.getxattr(fd, name)) for name in names)
+
+
 def write_header(fd: int, header: Header) -> None:
     """Set the attribute. The caller has synced the data that it newly calls local."""
     runs = header.runs

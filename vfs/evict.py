@@ -19,6 +19,7 @@ import errno
 import json
 import logging
 import os
+import stat
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -270,7 +271,7 @@ class Evictor:
 
     def _clear_aside(self, unit: Unit, aside: bytes, known: Mapping[bytes, Known]) -> None:
         """Remove what was set aside, file by file; whatever is not exactly what was proven moves into the shadow."""
-        if not os.path.isdir(aside) or os.path.islink(aside):
+        if not is_directory(aside):
             return
         for seen in walk(aside):  # first, so that machinable does not take it for a record
             if os.path.basename(seen.path) == b".machinable" and seen.kind == "file":
@@ -357,7 +358,7 @@ class Evictor:
                 self._sync(aside)
                 self._core.commit(lambda: self._switch_back(unit, aside, sequence))
             except BaseException:
-                if unit.state is State.RESTORING and not _is_directory(unit.directory):
+                if unit.state is State.RESTORING and not is_directory(unit.directory):
                     shadow.remove(aside)
                     self._core.units.enter(unit, State.EVICTED, replace(started, state="evicted", aside=b""))
                 raise
@@ -383,13 +384,14 @@ class Evictor:
         for row in self._core.journal.units():
             linked = os.path.islink(row.directory)
             if row.state == State.EVICTED.value and not row.aside:
-                if not linked and _is_directory(row.directory):
+                if not linked and is_directory(row.directory):
                     yield (
                         f"{row.uuid}: a real directory stands at {os.fsdecode(row.directory)} where runfs left its "
                         "link; the mount shows the evicted record. Move that directory away, or import it"
                     )
                 continue
             unit = self._core.units.get(row.uuid)
+            row = self._core.journal.unit(row.uuid) or row
             try:
                 yield self._finish(unit, row, RECOVERY[State(row.state), linked])
             except (OSError, RunfsError) as error:
@@ -416,7 +418,7 @@ class Evictor:
     def reclaim(self, unit: Unit) -> bool:
         """Take a record up again whose directory is gone, or is a link of ours nobody remembers (the journal was lost):
         from the first home that has its manifest. False when it is here, or no home has it. Raises StoreError."""
-        if unit.state is not State.RESIDENT or _is_directory(unit.directory):
+        if unit.state is not State.RESIDENT or is_directory(unit.directory):
             return False
         for home in self._core.homes:
             try:
@@ -455,8 +457,12 @@ class Evictor:
         return unit
 
 
-def _is_directory(path: bytes) -> bool:
-    return os.path.isdir(path) and not os.path.islink(path)
+def is_directory(path: bytes) -> bool:
+    """Whether a real directory is there. A link is not followed: it may lead into the mount, which waits for us."""
+    try:
+        return stat.S_ISDIR(os.lstat(path).st_mode)
+    except OSError:
+        return False
 
 
 def _same_inode(root: bytes, path: bytes, status: os.stat_result) -> bool:

@@ -45,6 +45,7 @@ _MIGRATIONS = (
         digest BLOB NOT NULL,                -- blake3 of the content; b'' for what has none
         target BLOB NOT NULL,                -- of a symlink
         same BLOB NOT NULL,                  -- path of the first hard link to the same file, or b''
+        attributes TEXT NOT NULL,            -- JSON: extended attribute -> hex; '' for none
         PRIMARY KEY (uuid, path)
     ) WITHOUT ROWID;
     CREATE TABLE contents (                  -- what a digest consists of
@@ -235,7 +236,9 @@ class Journal:
     # --- units -------------------------------------------------------------------------------------------------
 
     def units(self) -> list[UnitRow]:
-        return [UnitRow(*row) for row in self._all("SELECT * FROM units")]
+        """Every unit that is not simply resident, without its kept rows (`unit` has them)."""
+        columns = "uuid, state, directory, aside, '' AS rows, bytes, at_ns"
+        return [UnitRow(*row) for row in self._all(f"SELECT {columns} FROM units")]
 
     def unit(self, uuid: str) -> UnitRow | None:
         rows = self._all("SELECT * FROM units WHERE uuid=?", (uuid,))
@@ -255,24 +258,25 @@ class Journal:
     def known(self, uuid: str) -> dict[bytes, Known]:
         """The files of a unit as last digested, by path, in path order."""
         rows = self._all(
-            "SELECT path, kind, mode, mtime_ns, size, digest, target, uid, gid, same, inode, ctime_ns "
+            "SELECT path, kind, mode, mtime_ns, size, digest, target, uid, gid, same, attributes, inode, ctime_ns "
             "FROM files WHERE uuid=? ORDER BY path",
             (uuid,),
         )
         return {
-            path: Known(File(path, kind, mode, mtime, size, digest, "", target, uid, gid, same), inode, ctime)
-            for path, kind, mode, mtime, size, digest, target, uid, gid, same, inode, ctime in rows
+            row[0]: Known(File(*row[:6], "", *row[6:10], attributes=_unpacked(row[10])), row[11], row[12])
+            for row in rows
         }
 
     def replace_known(self, uuid: str, known: Iterable[Known], contents: Iterable[Content]) -> None:
         with self.transaction() as db:
             db.execute("DELETE FROM files WHERE uuid=?", (uuid,))
             db.executemany(
-                "INSERT INTO files VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)",
+                "INSERT INTO files VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
                 (
                     (
                         uuid, k.file.path, k.file.kind, k.file.mode, k.file.uid, k.file.gid, k.file.size,
                         k.file.mtime_ns, k.inode, k.ctime_ns, k.file.digest, k.file.target, k.file.same,
+                        _packed(k.file.attributes),
                     )
                     for k in known
                 ),
@@ -342,9 +346,14 @@ class Journal:
         rows = self._all("SELECT uuid, count(*), sum(size) FROM files WHERE kind='file' AND same=x'' GROUP BY uuid")
         return {uuid: (files, size) for uuid, files, size in rows}
 
-    def evicted_rows(self) -> dict[str, str]:
-        """The kept index rows (JSON) of every unit that is not simply resident."""
-        return {row[0]: row[1] for row in self._all("SELECT uuid, rows FROM units")}
+    def unit_uuids(self) -> list[str]:
+        """Every unit that is not simply resident."""
+        return [row[0] for row in self._all("SELECT uuid FROM units")]
+
+    def evicted_size(self) -> tuple[int, int]:
+        """Evicted units and their bytes."""
+        rows = self._all("SELECT count(*), coalesce(sum(bytes), 0) FROM units WHERE state != 'evicting'")
+        return int(rows[0][0]), int(rows[0][1])
 
     def forget_home(self, uuid: str, store: str) -> None:
         self._run("DELETE FROM homes WHERE uuid=? AND store=?", (uuid, store))
@@ -428,3 +437,11 @@ class Journal:
         names = ("id", "at_ns", "what", "uuid", "store", "files", "bytes", "digest", "proof")
         rows = self._all(f"SELECT {', '.join(names)} FROM receipts {where} ORDER BY id DESC LIMIT ?", bindings)
         return [dict(zip(names, row, strict=True)) | {"proof": json.loads(row[-1])} for row in rows]
+
+
+def _packed(attributes: tuple[tuple[str, bytes], ...]) -> str:
+    return json.dumps({name: value.hex() for name, value in attributes}) if attributes else ""
+
+
+def _unpacked(text: str) -> tuple[tuple[str, bytes], ...]:
+    return tuple((name, bytes.fromhex(value)) for name, value in json.loads(text).items()) if text else ()

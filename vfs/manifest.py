@@ -7,7 +7,8 @@ Pure: nothing here touches a disk or a network. This module owns the format of `
     file: {"path": text | {"base64": text}, "kind": "file"|"directory"|"symlink"|"other", "mode": int, "mtime_ns": int,
            "size": bytes, "digest": hex blake3, "key": object, "chunks": base64 of 32-byte blake3 digests, one for
            each MiB (left out when there is one chunk: it is the digest), "target": text | {"base64"},
-           "same": index of the file this one is a hard link to, "uid", "gid"}
+           "same": index of the file this one is a hard link to, "uid", "gid",
+           "attributes": {extended attribute: base64}}
 """
 
 import base64
@@ -44,6 +45,7 @@ class File:
     uid: int = 0
     gid: int = 0
     same: bytes = b""
+    attributes: tuple[tuple[str, bytes], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +140,8 @@ def _dump_file(file: File, contents: Mapping[bytes, Content], positions: Mapping
         "uid": file.uid,
         "gid": file.gid,
     }
+    if file.attributes:
+        out["attributes"] = {name: base64.b64encode(value).decode("ascii") for name, value in file.attributes}
     if file.kind == "file":
         out |= {"size": file.size, "digest": file.digest.hex(), "key": file.key}
         if file.size > CHUNK:
@@ -199,6 +203,7 @@ def _parse_file(item: dict[str, Any], contents: dict[bytes, Content]) -> File:
         int(item["mtime_ns"]),
         uid=int(item.get("uid", 0)),
         gid=int(item.get("gid", 0)),
+        attributes=_attributes(item.get("attributes", {})),
     )
     if kind == "symlink":
         return replace(file, target=_bytes(item["target"], "a link's target"))
@@ -210,6 +215,12 @@ def _parse_file(item: dict[str, Any], contents: dict[bytes, Content]) -> File:
         raise ManifestError(f"{path!r}: its digests do not fit its size")
     contents[digest] = Content(digest, size, chunks)
     return replace(file, size=size, digest=digest, key=str(item["key"]))
+
+
+def _attributes(item: Mapping[str, str]) -> tuple[tuple[str, bytes], ...]:
+    if not all(isinstance(name, str) and name.startswith("user.") and "\0" not in name for name in item):
+        raise ManifestError("an extended attribute is not in the namespace user.")
+    return tuple(sorted((name, base64.b64decode(value, validate=True)) for name, value in item.items()))
 
 
 def _check_tree(files: Iterable[File]) -> None:

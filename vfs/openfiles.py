@@ -1,19 +1,23 @@
 """Operations on the content of files: open, read, write, truncate, sync. A part of the file system."""
 
+import errno
 import os
 import stat
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from typing import TypeVar
 
 from vfs import linux
 from vfs.access import Access
-from vfs.cache import Partial
+from vfs.cache import ATTRIBUTE, Partial, read_header
 from vfs.fstypes import WINDOW_FIRST, Attributes, Caller, Change, Handle, Listing, Needs
 from vfs.manifest import CHUNK, chunk_count
 from vfs.tree import FileNode
 from vfs.units import Unit
 
+T = TypeVar("T")
+_OURS = (b"user.runfs.state", b"user.runfs.pinned")
 _WINDOW_MOST = 32  # chunks
 _STABLE_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_SYNC | os.O_DSYNC | os.O_NOATIME
 
@@ -213,6 +217,45 @@ class OpenFiles(Access):
         self._core.hold(partial)
         return Needs(partial, numbers, ahead, node)
 
+    # --- extended attributes (with --xattr) ----------------------------------------------------------------------
+
+    def getxattr(self, ino: int, name: bytes) -> bytes:
+        """One attribute; ENODATA when there is none."""
+        if name in _OURS:
+            return self._our_attribute(self._files(ino), name)
+        return self._at(ino, lambda target: os.getxattr(target, _user(name)))
+
+    def listxattr(self, ino: int) -> list[bytes]:
+        found = self._at(ino, os.listxattr)
+        mine = [name for name in found if name.startswith("user.") and name != ATTRIBUTE]
+        return [*_OURS, *(os.fsencode(name) for name in mine)]
+
+    def setxattr(self, ino: int, name: bytes, value: bytes) -> None:
+        self._change(self._files(ino))
+        self._at(ino, lambda target: os.setxattr(target, _user(name, change=True), value))
+
+    def removexattr(self, ino: int, name: bytes) -> None:
+        self._change(self._files(ino))
+        self._at(ino, lambda target: os.removexattr(target, _user(name, change=True)))
+
+    def _at(self, ino: int, call: Callable[[str], T]) -> T:
+        fd = self._reach(self._files(ino), None)
+        try:
+            if stat.S_ISLNK(os.fstat(fd).st_mode):
+                raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
+            return call(f"/proc/self/fd/{fd}")
+        finally:
+            os.close(fd)
+
+    def _our_attribute(self, node: FileNode, name: bytes) -> bytes:
+        unit = node.unit
+        if name == b"user.runfs.pinned":
+            return b"1" if unit.uuid in self._core.journal.pins() else b"0"
+        if unit.dirty or not unit.evicted:
+            return b"dirty" if unit.dirty else b"resident"
+        header = self._at(node.ino, lambda target: read_header(os.fsencode(os.readlink(target))))
+        return b"resident" if header is None else b"partial" if header.runs else b"evicted"
+
     def sync_plan(self, handle: Handle, *, data_only: bool = False) -> Callable[[], None] | None:
         """What must reach the disk before close or fsync may be answered, as a call for a worker thread, or None."""
         node = handle.node
@@ -261,6 +304,16 @@ class OpenFiles(Access):
         os.close(handle.fd)
         if handle.partial is not None:
             self._core.release(handle.partial)
+
+
+def _user(name: bytes, *, change: bool = False) -> str:
+    """An attribute's name, if it is one that a record can have."""
+    if not name.startswith(b"user."):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+    if name.startswith(b"user.runfs."):
+        number = errno.EPERM if change else errno.ENODATA
+        raise OSError(number, os.strerror(number))
+    return os.fsdecode(name)
 
 
 def sync_directories(unit: Unit, directories: set[bytes]) -> None:

@@ -37,21 +37,22 @@ def overview(session: "Session") -> dict[str, Any]:
     """The state of the whole mount."""
     core = session.core
     sizes = core.journal.sizes()
-    evicted = {row.uuid: row.bytes for row in core.journal.units() if row.state != "evicting"}
+    evicted, evicted_bytes = core.journal.evicted_size()
+    away = set(core.journal.unit_uuids())
     mountpoint = session.settings.mountpoint
     dirty = core.units.dirty()
     total = core.index.count()
-    here = {uuid: size for uuid, (_files, size) in sizes.items() if uuid not in evicted}
+    here = {uuid: size for uuid, (_files, size) in sizes.items() if uuid not in away}
     roots = sum(1 for _ in policy.roots(core)) if total < 20_000 else total
     return {
         "mountpoint": str(mountpoint) if mountpoint else None,
         "index": str(session.settings.index),
         "records": total,
         "states": {
-            "resident": {"records": max(roots - len(evicted), 0), "bytes": sum(here.values())},
+            "resident": {"records": max(roots - evicted, 0), "bytes": sum(here.values())},
             "evicted": {
-                "records": len(evicted),
-                "bytes": sum(evicted.values()),
+                "records": evicted,
+                "bytes": evicted_bytes,
                 "cached_bytes": shadow.used_bytes(os.fsencode(session.settings.cache_place)) if evicted else 0,
             },
             "dirty": {

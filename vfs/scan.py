@@ -138,14 +138,15 @@ def scan(
             same = first_link.setdefault(identity, seen.path)
             same = b"" if same == seen.path else same
         if old is not None and seen.matches(old) and (not old.file.digest or content(old.file.digest)):
-            known.append(replace(old, file=replace(_describe(seen), digest=old.file.digest, same=same)))
+            file = replace(_describe(seen), digest=old.file.digest, same=same, attributes=old.file.attributes)
+            known.append(replace(old, file=file))
             continue
         changed += 1
         if seen.kind != "file":
             known.append(Known(_describe(seen), seen.status.st_ino, seen.status.st_ctime_ns))
             continue
         try:
-            taken, status = _take(root, seen, content, hydrate)
+            taken, status, attributes = _take(root, seen, content, hydrate)
         except FileNotFoundError:
             continue
         except Changing:
@@ -155,7 +156,8 @@ def scan(
             known.append(replace(old, ctime_ns=0))  # the last content that was whole; looked at again next time
             continue
         contents[taken.digest] = taken
-        file = replace(_describe(replace(seen, status=status)), digest=taken.digest, size=taken.size, same=same)
+        described = _describe(replace(seen, status=status))
+        file = replace(described, digest=taken.digest, size=taken.size, same=same, attributes=attributes)
         known.append(Known(file, status.st_ino, status.st_ctime_ns))
     return Scan(tuple(known), contents, tuple(unsettled), changed + max(0, len(before) - len(known)))
 
@@ -188,7 +190,7 @@ def _take(
     seen: Seen,
     content: Callable[[bytes], Content | None],
     hydrate: Callable[[bytes], None] | None,
-) -> tuple[Content, os.stat_result]:
+) -> tuple[Content, os.stat_result, tuple[tuple[str, bytes], ...]]:
     """Digest one file, or take a placeholder's word for it. Raises Changing when it will not stand still."""
     for attempt in range(_ATTEMPTS):
         fd = open_file(root, seen.path, os.O_RDONLY)
@@ -196,7 +198,7 @@ def _take(
             header = cache.read_header(fd)
             if header is not None:
                 if not header.changed and (known := content(header.digest)) is not None:
-                    return known, os.fstat(fd)
+                    return known, os.fstat(fd), cache.user_attributes(fd)
                 if hydrate is None:
                     raise DamagedRecord(f"{os.fsdecode(seen.path)} is not whole and cannot be completed here")
                 hydrate(seen.path)
@@ -206,13 +208,13 @@ def _take(
                 digested = digest_of(reader(fd), before.st_size)
             except EOFError:
                 continue
-            after = os.fstat(fd)
+            attributes, after = cache.user_attributes(fd), os.fstat(fd)
         finally:
             os.close(fd)
         if (before.st_mtime_ns, before.st_ctime_ns) == (after.st_mtime_ns, after.st_ctime_ns):
-            return digested, after
+            return digested, after, attributes
         if attempt == _ATTEMPTS - 1 and after.st_size > before.st_size:
-            return digested, before  # a log that grows: what it held when we began, and dirty still
+            return digested, before, attributes  # a log that grows: what it held when we began, and dirty still
     raise Changing(f"{os.fsdecode(seen.path)} went on changing while it was read")
 
 

@@ -177,7 +177,6 @@ class Settings(Part):
     mountpoint: Path | None = None
     read_only: bool = False
     allow_other: bool = False
-    passthrough: Literal["auto", "off"] = "auto"
     xattr: bool = False
     fuse_options: tuple[str, ...] = ()  # options of mount(8) and FUSE that are handed on as they are
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -61,6 +61,8 @@ def _make(directory: int, name: bytes, file: File) -> int | None:
         os.mknod(name, file.mode | stat.S_IFIFO, dir_fd=directory)
         return None
     fd = cache.make_placeholder(directory, name, file.digest, file.size, file.mode)
+    for attribute, value in file.attributes:
+        os.setxattr(fd, attribute, value)
     _own(directory, name, file)
     os.fchmod(fd, file.mode)  # again: a change of owner clears set-id bits
     os.utime(fd, ns=(file.mtime_ns, file.mtime_ns))
@@ -159,9 +161,8 @@ def copy_file(source_root: bytes, target_root: bytes, path: bytes) -> None:
             if os.geteuid() == 0:
                 os.fchown(out, status.st_uid, status.st_gid)
             os.fchmod(out, stat.S_IMODE(status.st_mode))
-            for attribute in os.listxattr(fd):
-                if attribute.startswith("user.") and attribute != cache.ATTRIBUTE:
-                    os.setxattr(out, attribute, os.getxattr(fd, attribute))
+            for attribute, value in cache.user_attributes(fd):
+                os.setxattr(out, attribute, value)
             os.utime(out, ns=(status.st_atime_ns, status.st_mtime_ns))
         finally:
             os.close(fd)

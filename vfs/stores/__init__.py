@@ -57,6 +57,12 @@ def register(name: str, broker: Broker | type[Broker]) -> None:
         _registered[name] = made
 
 
+def unregister(name: str) -> None:
+    """Forget a type of store that was registered or loaded; a built-in one or an entry point is loaded again when asked for."""
+    with _lock:
+        _registered.pop(name, None)
+
+
 def brokers() -> list[str]:
     """The names of all brokers there are, sorted; none is imported for it."""
     with _lock:

@@ -44,7 +44,7 @@ class Directory:
 
     def make(self) -> None:
         """Make the directory itself, where its parent is there."""
-        if not self.path.exists():
+        if not self.path.exists() and self.path.parent.is_dir():
             self.path.mkdir(exist_ok=True)
             sync_directory(self.path.parent)
 

@@ -7,8 +7,8 @@ Used by whoever stores records (`encode`, `decode`, `name_of`) and by every stor
 - A part `.` becomes `%2E`, `..` becomes `%2E%2E`, an empty part becomes `%_` (which no byte becomes).
 - A first part that starts with `.runfs` becomes `%2Erunfs...`: that name is ours (`.runfs/<uuid>/...`).
 - A path whose key would be over 900 bytes, or have a part over 255, becomes `<first part>/%-<blake3 of the path>`
-  (`%-<blake3>` when the first part is longer than 64); such a key cannot be decoded, the manifest has the name. S3 allows 1024
-  bytes with the prefix in it; SeaweedFS and everything that keeps objects as files allow 255 a part.
+  (`%-<blake3>` when the first part is longer than 64); such a key cannot be decoded, the manifest has the name. S3
+  allows 1024 bytes with the prefix in it; SeaweedFS and everything that keeps objects as files allow 255 a part.
 
 Different paths have different keys, also after what engines do to names (they strip spaces at the ends, fold
 `//` and `\\`, replace bytes that are not UTF-8), because none of that can occur in a key.

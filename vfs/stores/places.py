@@ -39,4 +39,4 @@ def key_of_alternative(names: Place) -> str | None:
     ours."""
     flat = "".join(name.removesuffix("=") for name in names[:-1]) + names[-1]
     key = flat.replace("+", "/")
-    return key if alternative(key)[1:] == tuple(names) else None
+    return key if "=" not in key and alternative(key)[1:] == tuple(names) else None

@@ -11,10 +11,10 @@ Rules that hold for every store:
 - Any thread may call any method at any time.
 - What `write`, `upload` and `copy` put there appears whole or not at all (`Info.atomic_replace` tells where
   replacing an existing object is not atomic).
-- `if_absent` with bytes that are there already, exactly the same, may succeed instead of raising Conflict (a write that was
-  sent twice cannot tell its own first try from another's), and `Stat.verified` is then true.
-- An engine that cannot hold an object beside objects below its name (SeaweedFS, with `if_absent`) raises Conflict though `stat`
-  finds nothing: use another key.
+- `if_absent` with bytes that are there already, exactly the same, may succeed instead of raising Conflict (a write
+  that was sent twice cannot tell its own first try from another's), and `Stat.verified` is then true.
+- An engine that cannot hold an object beside objects below its name (SeaweedFS, with `if_absent`) raises Conflict
+  though `stat` finds nothing: use another key.
 - After `StoreTimeout` or `Unreachable` from a change, whether the store made the change is not known: ask
   with `stat`.
 """

@@ -58,7 +58,9 @@ def split(config: Mapping[str, Any]) -> Location:
             raise ConfigError(f"url {parts.scheme}://...?{option}=...: no {option} in a URL; {_WHERE}")
     if parts.fragment:
         raise ConfigError(f"url {parts.scheme}://...: '#' is not allowed; write %23 for it in a path")
-    return Location(url, parts.scheme.lower(), parts.netloc, unquote(parts.path).strip("/"), query)
+    return Location(
+        url, parts.scheme.lower(), parts.netloc, unquote(parts.path, errors="surrogateescape").strip("/"), query
+    )
 
 
 _WHERE = "credentials come from the environment (AWS_ACCESS_KEY_ID, ...) or the configuration file"
