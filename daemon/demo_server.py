@@ -37,7 +37,12 @@ class Server:
         self.directory.mkdir()
         with (self.directory / "log").open("wb") as log:
             self._process = subprocess.Popen(
-                self._command(), cwd=self.directory, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                self._command(),
+                cwd=self.directory,
+                env={**os.environ, "TMPDIR": str(self.directory)},  # it leaves log files there
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
         try:
             self._wait_until_ready(self._process)

@@ -12,8 +12,10 @@ same as `runfs umount`.
 import logging
 import os
 import signal
+import subprocess
 from collections.abc import Callable
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from daemon.operations import Operations, OperationsWithAttributes, close_all
 from daemon.transfers import Transfers
 from daemon.upkeep import Upkeep
 from vfs import report
-from vfs.errors import MountpointError
+from vfs.errors import MountpointError, Refused
 from vfs.filesystem import FileSystem
 from vfs.session import Progress, Session
 from vfs.settings import Settings
@@ -139,7 +141,10 @@ class Mount:
         notify.stopping()
         if not self._drained:
             await self.drain(self._drain_s, lambda _event: None)
-        await trio.to_thread.run_sync(_detach, self.mountpoint)
+        if not await trio.to_thread.run_sync(partial(_detach, self.mountpoint, lazily=False)):
+            log.warning("%s is still in use; it is taken away from under its users", self.mountpoint)
+            await trio.to_thread.run_sync(partial(_detach, self.mountpoint, lazily=True))
+            pyfuse3.terminate()
 
     async def drain(self, seconds: float, tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         """Push what is dirty, for at most so many seconds; what is left and why."""
@@ -158,19 +163,45 @@ class _Commands:
             return self._mount.session.run(command, args, progress)
         seconds = float(args.get("timeout") or 0.0)
         left = trio.from_thread.run(self._mount.drain, seconds, progress)
+        if not _detach(self._mount.mountpoint, lazily=False):
+            self._mount.upkeep.resume()
+            users = ", ".join(f"{name}[{pid}]" for pid, name in users_of(self._mount.mountpoint)) or "a process"
+            raise Refused(f"{self._mount.mountpoint} is in use by {users}: end it, or leave the directory; then again")
         trio.from_thread.run_sync(self._mount.finish, 0.0)
         return left
 
 
-def _detach(mountpoint: Path) -> None:
-    """Take the mount away; lazily when a process still sits in it, so that the answer comes in any case."""
-    for attempt in (["fusermount3", "-u"], ["fusermount3", "-u", "-z"]):
-        import subprocess
+def _detach(mountpoint: Path, *, lazily: bool) -> bool:
+    """Take the mount away; `lazily` also while processes are in it (they get ENOTCONN). False when it is busy."""
+    if mounts.mounted_at(mountpoint) is None:
+        return True
+    command = ["fusermount3", "-u", *(["-z"] if lazily else []), str(mountpoint)]
+    try:
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        plain = ["umount", *(["-l"] if lazily else []), str(mountpoint)]
+        return subprocess.run(plain, capture_output=True, check=False).returncode == 0
 
-        done = subprocess.run([*attempt, str(mountpoint)], capture_output=True, text=True, check=False)
-        if done.returncode == 0:
-            return
-        log.info("%s: %s", " ".join(attempt), done.stderr.strip())
+
+def users_of(mountpoint: Path) -> list[tuple[int, str]]:
+    """Processes in a mount, as (pid, name): told by the names of what they have open, which asks the mount nothing."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and int(entry) != os.getpid() and _is_in(entry, str(mountpoint)):
+            with suppress(OSError):
+                found.append((int(entry), Path(f"/proc/{entry}/comm").read_text().strip()))
+    return found
+
+
+def _is_in(pid: str, mountpoint: str) -> bool:
+    links = [f"/proc/{pid}/cwd", f"/proc/{pid}/root"]
+    with suppress(OSError):
+        links += [f"/proc/{pid}/fd/{name}" for name in os.listdir(f"/proc/{pid}/fd")]
+    for link in links:
+        with suppress(OSError):
+            if (os.readlink(link) + "/").startswith(mountpoint + "/"):
+                return True
+    return False
 
 
 def _read_ahead(mountpoint: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pyfuse3
 import trio
 
-from vfs import actions, policy
+from vfs import actions, policy, report
 from vfs.errors import RunfsError
 from vfs.filesystem import FileSystem
 from vfs.scan import differs
@@ -177,15 +177,17 @@ class Upkeep:
                     for unit in self._core.units.dirty():
                         nursery.start_soon(self._drain_one, unit, failed, tell)
         left = self._core.units.dirty()
-        sizes = self._core.journal.sizes() if left else {}
-        size = sum(sizes.get(unit.uuid, (0, 0))[1] for unit in left)
         errors = {row.uuid: row.error for row in self._core.journal.dirty()}
         told = {each["uuid"] for each in failed}
         failed += [
             {"uuid": u.uuid, "reason": errors[u.uuid]} for u in left if errors.get(u.uuid) and u.uuid not in told
         ]
-        pending = {"records": len(left), "files": 0, "bytes": size}
+        pending = {"records": len(left), **await trio.to_thread.run_sync(report.changed_size, self._core, left)}
         return {"pending": pending, "failed": failed, "exit": int(bool(left))}
+
+    def resume(self) -> None:
+        """The mount stays after all: go on pushing."""
+        self._draining = False
 
     async def _drain_one(
         self, unit: Unit, failed: list[dict[str, Any]], tell: Callable[[dict[str, Any]], None]
@@ -291,7 +293,7 @@ class Upkeep:
     def _changed(self, unit: Unit) -> bool:
         if len(self._core.journal.homes(unit.uuid)) < len(self._core.homes):
             return True
-        return bool(differs(unit.base, self._core.journal.known(unit.uuid)))
+        return bool(differs(unit.base, self._core.journal.known(unit.uuid), shadow=unit.evicted))
 
     def _mark_all(self, units: list[Unit]) -> None:
         for unit in units:

@@ -134,8 +134,9 @@ class FaultProxy:
                 return 0
             step = max(1, int(self.rate / 10))
             target.sendall(data[:step])
+            sent_now = len(data[:step])
             data = data[step:]
-            if self._stop.wait(step / self.rate):
+            if self._stop.wait(sent_now / self.rate):
                 return 0
         return 0
 

@@ -35,6 +35,7 @@ _log = logging.getLogger(__name__)
 
 # Rows a write transaction takes at most: about 20 ms, so that other processes' writers hardly notice.
 _BATCH = 500
+CONTAINERS = ("Project", "Storage")  # rows that hold records beside each other, not nested ones
 _DEEPEST = 1000  # ancestors; beyond it is a loop that somebody wrote by hand
 
 
@@ -142,7 +143,7 @@ class Index:
             chain.append(record)
             seen.add(record.uuid)
             parent = self.get(record.parent_id) if record.parent_id else None
-            if parent is None or parent.kind == "Project":
+            if parent is None or parent.kind in CONTAINERS:
                 return record
             record = parent
         if record is None:

@@ -263,8 +263,12 @@ class Journal:
             (uuid,),
         )
         return {
-            row[0]: Known(File(*row[:6], "", *row[6:10], attributes=_unpacked(row[10])), row[11], row[12])
-            for row in rows
+            path: Known(
+                File(path, kind, mode, mtime, size, digest, "", target, uid, gid, same, _unpacked(attributes)),
+                inode,
+                ctime,
+            )
+            for path, kind, mode, mtime, size, digest, target, uid, gid, same, attributes, inode, ctime in rows
         }
 
     def replace_known(self, uuid: str, known: Iterable[Known], contents: Iterable[Content]) -> None:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from vfs.session import Progress, Session
 
 
+_MOST_COUNTED = 200  # dirty units whose files are counted; looking at more would make status slow
+
 # --- status ----------------------------------------------------------------------------------------------------
 
 
@@ -57,8 +59,7 @@ def overview(session: "Session") -> dict[str, Any]:
             },
             "dirty": {
                 "records": len(dirty),
-                "files": 0,
-                "bytes": sum(sizes.get(unit.uuid, (0, 0))[1] for unit in dirty),
+                **changed_size(core, dirty),
             },
         },
         "moving": core.moves.shown(),
@@ -67,6 +68,18 @@ def overview(session: "Session") -> dict[str, Any]:
         "stores": store_states(core),
         "warnings": [*session.warnings, *_unlooked(core, sizes, roots)],
     }
+
+
+def changed_size(core: Core, units: Sequence[Unit]) -> dict[str, int]:
+    """Files and bytes of dirty units that are not in the homes, as far as a quick look tells."""
+    files = size = 0
+    for unit in units[:_MOST_COUNTED]:
+        try:
+            unit_files, unit_size = unpushed(core, unit)
+        except (OSError, RunfsError):
+            continue
+        files, size = files + unit_files, size + unit_size
+    return {"files": files, "bytes": size}
 
 
 def _unlooked(core: Core, sizes: Mapping[str, Any], roots: int) -> list[str]:
@@ -289,7 +302,7 @@ def unpushed(core: Core, unit: Unit) -> tuple[int, int]:
     if len(homes) < core.settings.min_copies:
         files = [seen for seen in walk(unit.base) if seen.kind == "file"]
         return max(len(files), 1), sum(seen.status.st_size for seen in files)
-    changed = differs(unit.base, known)
+    changed = differs(unit.base, known, shadow=unit.evicted)
     if changed:
         return len(changed), sum(seen.status.st_size for seen in changed if seen.kind == "file")
     if unit.dirty or not _rows_pushed(core, unit):

@@ -32,15 +32,15 @@ class Seen:
     def kind(self) -> str:
         return kind_of(self.status.st_mode)
 
-    def matches(self, known: Known) -> bool:
+    def matches(self, known: Known, *, ctime: bool = True) -> bool:
         """Whether the file is the very one that was digested, untouched since."""
         status, file = self.status, known.file
-        return (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns) == (
-            known.inode,
-            file.size if file.kind == "file" else status.st_size,
-            file.mtime_ns,
-            known.ctime_ns,
-        ) and self.kind == file.kind
+        size = file.size if file.kind == "file" else status.st_size
+        return (
+            (status.st_ino, status.st_size, status.st_mtime_ns) == (known.inode, size, file.mtime_ns)
+            and (not ctime or status.st_ctime_ns == known.ctime_ns)
+            and self.kind == file.kind
+        )
 
 
 def kind_of(mode: int) -> str:
@@ -86,13 +86,17 @@ def _see(fd: int, path: bytes, name: bytes) -> Seen:
     return Seen(path, status, os.fsencode(target))
 
 
-def differs(root: bytes, known: Mapping[bytes, Known]) -> list[Seen]:
-    """What is not as it was digested, told by its stat alone; a vanished path counts through its directory."""
+def differs(root: bytes, known: Mapping[bytes, Known], *, shadow: bool = False) -> list[Seen]:
+    """What is not as it was digested, told by its stat alone; a vanished path counts through its directory.
+
+    In a `shadow` the ctime does not count: bytes that come back change it, and every change by others goes through the
+    mount, which marks the unit dirty first.
+    """
     changed, left = [], set(known)
     for seen in walk(root):
         left.discard(seen.path)
         item = known.get(seen.path)
-        if item is None or not (seen.matches(item) or seen.kind == item.file.kind == "directory"):
+        if item is None or not (seen.matches(item, ctime=not shadow) or seen.kind == item.file.kind == "directory"):
             changed.append(seen)
     if left:
         changed.append(Seen(min(left), os.lstat(root)))

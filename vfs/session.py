@@ -23,6 +23,7 @@ from vfs.settings import Settings
 from vfs.units import point
 
 log = logging.getLogger(__name__)
+_TELL_S = 1.0
 
 
 class Progress(Protocol):
@@ -98,7 +99,20 @@ class Session:
         call = COMMANDS.get(command)
         if call is None:
             raise UsageError(f"no command {command!r}; there are {', '.join(sorted(COMMANDS))}")
-        return call(self, args, progress)
+        over = threading.Event()
+        ticker = threading.Thread(target=self._tell_moves, args=(progress, over), name="progress", daemon=True)
+        ticker.start()
+        try:
+            return call(self, args, progress)
+        finally:
+            over.set()
+            ticker.join()
+
+    def _tell_moves(self, progress: Progress, over: threading.Event) -> None:
+        """While a command works, tell every second what is being moved."""
+        while not over.wait(_TELL_S):
+            for move in self.core.moves.shown():
+                progress(move)
 
 
 Command = Callable[[Session, dict[str, Any], Progress], dict[str, Any]]

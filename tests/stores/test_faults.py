@@ -6,14 +6,15 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import pytest
 
 from tests.faults import FaultProxy
-from tests.servers import Seaweed
+from tests.servers import Seaweed, seaweedfs
 from tests.stores.conftest import MakeStore
 from vfs.errors import Conflict, NotFound, StoreError, StoreTimeout, Unreachable
-from vfs.stores import Store
+from vfs.stores import Store, open_store
 
 MIB = 1024 * 1024
 DEADLINE_S = 2.0
@@ -133,10 +134,10 @@ class TestTheLeastThroughput:
         proxy.set("dribble")
         took, result = timed(lambda: store.read("u/large", 0, len(LARGE), deadline=60))
         assert isinstance(result, StoreTimeout)
-        assert took < 6  # four windows and the pauses between them
+        assert took < 6  # four windows of 0.5 s and the pauses between them
 
     def test_a_slow_read_above_it_succeeds(self, proxy: FaultProxy, store: Store) -> None:
-        proxy.rate = 3_000_000
+        proxy.rate = 1_500_000
         proxy.set("dribble")
         took, result = timed(lambda: store.read("u/large", 0, len(LARGE), deadline=60))
         assert result == LARGE
@@ -245,3 +246,17 @@ class TestRecovery:
 
 def direct_keys(direct: Store) -> set[str]:
     return {stat.key for stat in direct.list()}
+
+
+def test_a_restarted_server(tmp_path: Path) -> None:
+    """The server is killed and comes back: calls fail at once meanwhile, and the same store object works after."""
+    with seaweedfs(tmp_path) as server:
+        store = open_store(server.url, options=server.options())
+        store.write("u/a", b"before")
+        server.stop()
+        took, result = timed(lambda: store.read("u/a"))
+        assert isinstance(result, Unreachable)
+        assert took < 3
+        server.start()
+        assert store.read("u/a") == b"before"
+        assert store.write("u/b", b"after", if_absent=True).verified

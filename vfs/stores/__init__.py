@@ -32,6 +32,7 @@ __all__ = [
     "brokers",
     "open_store",
     "register",
+    "unregister",
     "validate",
 ]
 
@@ -58,7 +59,7 @@ def register(name: str, broker: Broker | type[Broker]) -> None:
 
 
 def unregister(name: str) -> None:
-    """Forget a type of store that was registered or loaded; a built-in one or an entry point is loaded again when asked for."""
+    """Forget a broker; a built-in one, or an entry point, is loaded again when it is asked for."""
     with _lock:
         _registered.pop(name, None)
 

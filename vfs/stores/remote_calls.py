@@ -367,7 +367,7 @@ def _retried(operator: opendal.AsyncOperator, question_s: float, transfer_s: flo
     """opendal's own retries, where we cannot retry a step ourselves: inside listings and multipart
     uploads."""
     return operator.layer(TimeoutLayer(question_s, transfer_s)).layer(
-        RetryLayer(max_times=ATTEMPTS - 1, factor=3.0, jitter=True, max_delay=2.0, min_delay=FIRST_PAUSE_S)
+        RetryLayer(max_times=ATTEMPTS - 1, factor=3.0, max_delay=1.0, min_delay=FIRST_PAUSE_S)
     )
 
 

@@ -16,6 +16,7 @@ import opendal.config
 from vfs.errors import ConfigError
 from vfs.stores import keys, urls
 
+LEAST_SECRET = 6  # characters; replacing anything shorter would garble the messages
 OURS = frozenset({"read_only"})
 
 # The option of the service that a URL's host stands for.
@@ -55,7 +56,7 @@ class Target:
         """Values that must not appear in any message."""
         given = [value for key, value in self.options.items() if urls.is_secret(key)]
         environment = [value for key, value in os.environ.items() if key.startswith("AWS_") and urls.is_secret(key)]
-        return [value for value in [*given, *environment] if value]
+        return [value for value in [*given, *environment] if len(value) >= LEAST_SECRET]
 
     def __repr__(self) -> str:
         return f"Target({self.url})"
