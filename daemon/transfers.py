@@ -47,6 +47,7 @@ class Transfers:
             try:
                 self._files.have(handle, offset, size)
             except Needs as needs:
+                self._hydrator.bring_small(handle.node.unit)
                 await self._bring(needs, self._core.settings.deadline_s * _READ_DEADLINES, handle)
                 continue
             break

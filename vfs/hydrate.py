@@ -19,12 +19,18 @@ from vfs.core import Core, Home
 from vfs.errors import NoReplica, NotFound, RunfsError, StoreTimeout, WrongBytes
 from vfs.journal import Replica
 from vfs.manifest import CHUNK, DIGEST, Content
+from vfs.scan import open_file
+from vfs.units import Unit
 
 log = logging.getLogger(__name__)
 
 FLIGHT = 8  # chunks: 8 MiB ranges were as fast as larger ones
 _READERS = 8
 _BACKGROUND = 4
+_SMALL = 1 << 20  # bytes; files up to this size come together when their record is first touched,
+_SMALL_TOTAL = 64 << 20  # up to this much of them
+_TOUCH_AGAIN_S = 600.0
+_TOUCHES_KEPT = 10_000
 
 
 class Hydrator:
@@ -34,6 +40,8 @@ class Hydrator:
         self._core = core
         self._readers = ThreadPoolExecutor(_READERS, "hydrate")
         self._background = ThreadPoolExecutor(_BACKGROUND, "hydrate-behind")
+        self._touched: dict[str, float] = {}
+        self._touch_lock = threading.Lock()
 
     def close(self) -> None:
         self._readers.shutdown(wait=True, cancel_futures=True)
@@ -145,6 +153,44 @@ class Hydrator:
                 raise StoreTimeout(f"{os.fsdecode(path)} of {uuid}: nothing arrived for {deadline_s * 4:.0f} s")
             if errors:
                 raise errors[0]
+
+    def bring_small(self, unit: Unit) -> None:
+        """The first touch of an evicted unit: have its small files brought, all at once. Returns at once.
+
+        Who reads one of a record's small files mostly reads the others next. Bounded in size, and not repeated soon.
+        """
+        now = time.monotonic()
+        with self._touch_lock:
+            if now - self._touched.get(unit.uuid, -_TOUCH_AGAIN_S) < _TOUCH_AGAIN_S:
+                return
+            self._touched[unit.uuid] = now
+            while len(self._touched) > _TOUCHES_KEPT:
+                del self._touched[next(iter(self._touched))]
+        self._background.submit(self._bring_small, unit)
+
+    def _bring_small(self, unit: Unit) -> None:
+        budget = _SMALL_TOTAL
+        try:
+            for path, item in self._core.journal.known(unit.uuid).items():
+                if item.file.kind != "file" or not 0 < item.file.size <= _SMALL or item.file.size > budget:
+                    continue
+                budget -= item.file.size if self._bring_whole(unit, path) else 0
+        except (OSError, RunfsError) as error:  # it was only ahead of time; a reader gets the error itself
+            log.debug("%s: small files are not brought ahead: %s", unit.uuid, error)
+
+    def _bring_whole(self, unit: Unit, path: bytes) -> bool:
+        fd = open_file(unit.shadow, path, os.O_RDONLY)
+        try:
+            partial = self._core.partial(fd)
+        finally:
+            os.close(fd)
+        if partial is None:
+            return False
+        try:
+            self.request(partial, partial.missing(0, partial.size), unit.uuid, path)
+        finally:
+            self._core.release(partial)
+        return True
 
     def complete(self, fd: int, uuid: str, path: bytes) -> int:
         """Bring all of an open file that is still missing; returns the bytes brought. Blocks until it is whole."""
