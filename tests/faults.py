@@ -17,6 +17,7 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 BUSY = (
@@ -27,7 +28,7 @@ PIECE = 65536
 
 
 class FaultProxy:
-    """Forwards 127.0.0.1:`port` to 127.0.0.1:`to_port`. `requests` counts connections accepted since the start."""
+    """Forwards 127.0.0.1:`port` to 127.0.0.1:`to_port`. `accepted` counts connections since the start."""
 
     def __init__(self, to_port: int) -> None:
         self.to_port = to_port
@@ -72,8 +73,8 @@ class FaultProxy:
         with self._lock:
             return len(self._open)
 
-    def _start(self, target: object, *args: object) -> None:
-        thread = threading.Thread(target=target, args=args, daemon=True)  # type: ignore[arg-type]
+    def _start(self, target: Callable[..., None], *args: object) -> None:
+        thread = threading.Thread(target=target, args=args, daemon=True)
         self._threads.append(thread)
         thread.start()
 

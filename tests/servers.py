@@ -121,6 +121,7 @@ class Seaweed:
             "master.telemetry": "false",
             "master.port": master,
             "master.port.grpc": master_grpc,
+            "master.electionTimeout": "1s",  # it is alone; the default makes each restart take 10 s more
             "master.volumeSizeLimitMB": 256,
             "volume.port": volume,
             "volume.port.grpc": volume_grpc,
@@ -128,8 +129,10 @@ class Seaweed:
             "volume.preStopSeconds": 0,
             "filer.port": filer,
             "filer.port.grpc": filer_grpc,
+            "filer.localSocket": "filer.sock",  # in its own directory; the default is a name in /tmp that stays behind
             "s3.port": s3,
             "s3.port.grpc": s3_grpc,
+            "s3.localSocket": "s3.sock",
             "s3.port.iceberg": 0,
             "s3.port.lance": 0,
             "s3.config": identities,

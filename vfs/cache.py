@@ -22,7 +22,7 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from vfs import linux
+from vfs import faults, linux
 from vfs.errors import RunfsError
 from vfs.manifest import CHUNK, chunk_count
 
@@ -147,7 +147,9 @@ def drop(fd: int, digest: bytes, size: int) -> int:
     before = os.fstat(fd)
     write_header(fd, Header(digest, size))
     os.fsync(fd)
+    faults.point("cache.drop.marked")
     linux.punch(fd, 0, size)
+    faults.point("cache.drop.punched")
     os.utime(fd, ns=(before.st_atime_ns, before.st_mtime_ns))
     return (before.st_blocks - os.fstat(fd).st_blocks) * 512
 
@@ -170,10 +172,13 @@ class Partial:
         self._waiting: dict[int, list[Callable[[RunfsError | None], None]]] = {}
         self._here = bytearray(chunk_count(header.size))
         self._left = len(self._here)
-        self._unsaved = False
+        self._saved = header.runs
         for first, end in header.runs:
             for number in range(first, min(end, len(self._here))):
                 self._set(number)
+        if header.changed:  # it was cut, and ended before it could say so: what was cut off is nobody's to bring
+            self._cut(os.fstat(fd).st_size)
+        self._unsaved = self._left == 0  # then the attribute has nothing more to say, and goes with the next save
 
     def _set(self, number: int) -> None:
         if not self._here[number]:
@@ -207,6 +212,7 @@ class Partial:
             while view:
                 written = os.pwrite(self.fd, view, offset)
                 view, offset = view[written:], offset + written
+            faults.point("cache.filled")
             if not self.changed:  # arriving bytes are no change: the times stay those of the record
                 os.utime(self.fd, ns=(before.st_atime_ns, before.st_mtime_ns))
             self._set(number)
@@ -273,15 +279,26 @@ class Partial:
         with self.lock:
             self._begin_change()
             os.ftruncate(fd, size)
-            for number in range(chunk_count(size) if size else 0, len(self._here)):
-                self._set(number)
+            faults.point("cache.cut")
+            if self._cut(size):  # at once: were it lost, a later extension would show the old bytes again
+                self._saved = _united(self._saved, (chunk_count(size), len(self._here)))
+                write_header(self.fd, Header(self.digest, self.size, True, self._saved))
             self._unsaved = True
+
+    def _cut(self, size: int) -> bool:
+        """Take all chunks from `size` on as local; whether one of them was not."""
+        left = self._left
+        for number in range(chunk_count(size), len(self._here)):
+            self._set(number)
+        return self._left != left
 
     def _begin_change(self) -> None:
         if not self.changed:
+            # Only the mark: chunks that came since the last save may not be on the disk yet. The mark is synced by the
+            # caller's next fsync; until then nothing of the change was acknowledged.
+            write_header(self.fd, Header(self.digest, self.size, True, self._saved))
             self.changed = True
-            # Synced by the caller's next fsync; until then nothing of the change was acknowledged.
-            self._write_header()
+            faults.point("cache.changed")
 
     def _runs(self) -> tuple[tuple[int, int], ...]:
         runs: list[tuple[int, int]] = []
@@ -293,20 +310,20 @@ class Partial:
             position = end
         return tuple(runs)
 
-    def _write_header(self) -> None:
-        write_header(self.fd, Header(self.digest, self.size, self.changed, self._runs()))
-
     def save(self) -> None:
         """Make durable what is here: data first, then the attribute. A complete file becomes an ordinary one."""
         with self.lock:
             if not self._unsaved:
                 return
             os.fdatasync(self.fd)
-            if self._left == 0:
-                if read_header(self.fd) is not None:
-                    clear_header(self.fd)
-            else:
-                self._write_header()
+            faults.point("cache.save.synced")
+            runs = self._runs()
+            if self._left:
+                write_header(self.fd, Header(self.digest, self.size, self.changed, runs))
+            elif read_header(self.fd) is not None:
+                clear_header(self.fd)
+            self._saved = runs
+            faults.point("cache.save.marked")
             os.fsync(self.fd)
             self._unsaved = False
 
@@ -316,3 +333,11 @@ class Partial:
             self.save()
         finally:
             os.close(self.fd)
+
+
+def _united(runs: tuple[tuple[int, int], ...], tail: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    """Runs with everything from `tail[0]` to the end added."""
+    kept = [(first, min(end, tail[0])) for first, end in runs if first < tail[0]]
+    if kept and kept[-1][1] == tail[0]:
+        tail = (kept.pop()[0], tail[1])
+    return (*kept, tail)

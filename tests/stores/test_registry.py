@@ -4,6 +4,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -11,8 +12,7 @@ from tests.servers import Seaweed
 from tests.stores.conftest import MakeStore
 from vfs import stores
 from vfs.errors import ConfigError, Denied, NotFound, StoreError, Unreachable
-from vfs.stores import open_store, validate
-from vfs.stores.memory import MemoryStore
+from vfs.stores import memory, open_store, validate
 from vfs.stores.remote_config import Target, target
 
 SECRET = "verySecretValue"
@@ -28,20 +28,14 @@ class TestBrokers:
             stores.broker("nothing")
 
     def test_a_name_is_taken_once(self) -> None:
-        class Other:
-            schemes = ("x",)
-
-            def validate(self, config: object) -> list[str]:
-                return []
-
-            def open(self, config: object) -> MemoryStore:
-                return MemoryStore()
+        class Other(memory.Broker):
+            """Another one that wants the same name."""
 
         stores.broker("memory")
         with pytest.raises(ConfigError, match="twice"):
             stores.register("memory", Other)
         with pytest.raises(ConfigError, match="no schemes"):
-            stores.register("nothing", int)  # type: ignore[arg-type]
+            stores.register("nothing", cast(Any, int))
 
     @pytest.fixture
     def distributions(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
