@@ -68,7 +68,7 @@ class Mount:
         kind = OperationsWithAttributes if self.session.settings.xattr else Operations
         operations = kind(self.files, transfers)
         token = trio.lowlevel.current_trio_token()
-        core.commit = lambda call: trio.from_thread.run_sync(call, trio_token=token)
+        core.commit = partial(_on_loop, token)
         self.upkeep = Upkeep(self.session, self.files)
         self._mount(operations)
         try:
@@ -94,7 +94,6 @@ class Mount:
             raise MountpointError(
                 f"{self.mountpoint} cannot be mounted ({error}); `runfs doctor` tells what this machine lacks"
             ) from error
-        _read_ahead(self.mountpoint)
 
     async def _serve(self, socket: Path, ready: Callable[[dict[str, Any]], None]) -> None:
         async with trio.open_nursery() as nursery:
@@ -102,6 +101,7 @@ class Mount:
             await nursery.start(control.serve, socket, _Commands(self))
             nursery.start_soon(self._signals)
             nursery.start_soon(self._watchdog)
+            nursery.start_soon(self._widen)
             self.upkeep.start(nursery)
             await trio.to_thread.run_sync(self._try_stores)
             ready(report.overview(self.session))
@@ -132,6 +132,12 @@ class Mount:
             notify.watchdog()
             await trio.sleep(interval)
 
+    async def _widen(self) -> None:
+        """The kernel sets its own read-ahead when it has talked to the main loop, so ours comes after that."""
+        for _try in range(5):
+            await trio.sleep(0.2)
+            _read_ahead(self.mountpoint)
+
     def finish(self, drain_s: float) -> None:
         """Drain and unmount, from the trio thread."""
         self._drain_s = drain_s
@@ -150,6 +156,14 @@ class Mount:
         """Push what is dirty, for at most so many seconds; what is left and why."""
         self._drained = await self.upkeep.drain(seconds, tell)
         return self._drained
+
+
+def _on_loop(token: trio.lowlevel.TrioToken, call: Callable[[], None]) -> None:
+    """Run a call on the trio thread, between two file operations, and wait for it (from any other thread)."""
+    try:
+        trio.from_thread.run_sync(call, trio_token=token)
+    except trio.RunFinishedError:
+        raise Refused("the mount has ended meanwhile; the next one goes on") from None
 
 
 class _Commands:
@@ -204,11 +218,15 @@ def _is_in(pid: str, mountpoint: str) -> bool:
     return False
 
 
-def _read_ahead(mountpoint: Path) -> None:
-    """Let the kernel ask for 1 MiB at a time, where we may (root); libfuse has no option for it."""
-    for mount in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
-        fields = mount.split(" ")
+def _read_ahead(mountpoint: Path) -> bool:
+    """Let the kernel ask for 1 MiB at a time, where we may (root); libfuse has no option for it. Whether it took."""
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        fields = line.split(" ")
         if fields[4] == str(mountpoint):
-            target = Path(f"/sys/class/bdi/{fields[2]}/read_ahead_kb")
-    with suppress(OSError, UnboundLocalError):
-        target.write_text(str(_READ_AHEAD_KB))
+            setting = Path(f"/sys/class/bdi/{fields[2]}/read_ahead_kb")
+            try:
+                setting.write_text(str(_READ_AHEAD_KB))
+                return setting.read_text().strip() == str(_READ_AHEAD_KB)
+            except OSError as error:
+                log.debug("reads stay smaller than they could be: %s", error)
+    return True

@@ -121,8 +121,8 @@ class Transfers:
         if scope.cancelled_caught:
             raise StoreTimeout(f"{entry['path']} of {needs.uuid}: its bytes did not come within {seconds:.0f} s")
 
-    async def pread(self, handle: Handle, offset: int, size: int) -> bytes:
-        """Read local bytes: at once when they are in the page cache, in a worker thread otherwise."""
+    async def pread(self, handle: Handle, offset: int, size: int) -> bytes | bytearray | memoryview:
+        """Read local bytes: at once when they are in the page cache, in a worker thread otherwise (that costs more)."""
         buffer = bytearray(size)
         try:
             count = os.preadv(handle.fd, [buffer], offset, os.RWF_NOWAIT)
@@ -131,9 +131,9 @@ class Transfers:
                 raise
             return await trio.to_thread.run_sync(os.pread, handle.fd, size, offset)
         if count == size:
-            return bytes(buffer)
+            return buffer
         if offset + count >= os.fstat(handle.fd).st_size:
-            return bytes(memoryview(buffer)[:count])
+            return memoryview(buffer)[:count]
         return await trio.to_thread.run_sync(os.pread, handle.fd, size, offset)
 
     async def closed(self, handle: Handle) -> None:

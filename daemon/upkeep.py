@@ -4,14 +4,17 @@ Trio tasks that decide when, and call `vfs` in worker threads. Nothing here may 
 the next round tries again.
 """
 
+import heapq
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pyfuse3
 import trio
 
+from daemon.arrivals import Arrivals
 from vfs import actions, policy, report
 from vfs.errors import RunfsError
 from vfs.filesystem import FileSystem
@@ -28,7 +31,12 @@ _RETRY_FIRST_S = 2.0
 _RETRY_MOST_S = 300.0
 _SPACE_S = 10.0
 _LOOK_BATCH = 200
+_LOOK_EVERY_S = 300.0
+_LOOK_REST = 20  # times as long as the look took: it costs at most a twentieth of a core
+_WATCHED_MOST = 2000  # records; their directories take about 1 KiB of kernel memory each
 _SAVE_USE_S = 60.0
+# Threads of their own: one that waits for a page may wait for a read, which must find a thread itself.
+_INVALIDATING = trio.CapacityLimiter(16)
 
 
 class _Quiet:
@@ -53,12 +61,12 @@ class Upkeep:
         self._retry: dict[str, tuple[float, float]] = {}
         self._draining = False
         self._marks: dict[str, int] = {}
+        self._rebuilt = False
         self._compare_wanted = False
         self._compare_next = 0.0  # a large index is not compared all the time
         self._watcher = Watcher(self._changed_outside, limit=None)
         self._core.units.moved.append(self._moved)
         self._core.content_changed.append(self._moved)
-        self._files.watched = lambda unit: self._watcher.watching(unit.uuid)
 
     def start(self, nursery: trio.Nursery) -> None:
         nursery.start_soon(self._push_loop, nursery)
@@ -66,6 +74,7 @@ class Upkeep:
         nursery.start_soon(self._look_loop)
         nursery.start_soon(self._space_loop)
         nursery.start_soon(self._use_loop)
+        nursery.start_soon(Arrivals(self._session, self._files).run)
 
     def close(self) -> None:
         self._watcher.close()
@@ -96,20 +105,16 @@ class Upkeep:
             log.error("%s", error)
 
     def _invalidate(self, unit: Unit, path: bytes | None) -> None:
-        for node in self._files.tree.of_unit(unit):
-            if path is not None and not self._touches(node, path):
-                continue
+        """Have the kernel ask anew for everything of a unit, or for one path and what lies below it."""
+        if path:
+            above, _slash, name = path.rpartition(b"/")
+            for parent in self._files.tree.of_unit(unit, above, deep=False):
+                pyfuse3_later(parent.ino)
+                forget_name(parent.ino, name)
+        for node in self._files.tree.of_unit(unit, path or b""):
             pyfuse3_later(node.ino)
             for name in node.children:
                 forget_name(node.ino, name)
-
-    @staticmethod
-    def _touches(node: FileNode, path: bytes) -> bool:
-        try:
-            own = node.path
-        except FileNotFoundError:
-            return False
-        return own == path or own == path.rpartition(b"/")[0] or path == b"" or own.startswith(path + b"/")
 
     # --- push --------------------------------------------------------------------------------------------------
 
@@ -205,27 +210,30 @@ class Upkeep:
     # --- the index ---------------------------------------------------------------------------------------------
 
     async def _index_loop(self) -> None:
+        said = ""
         while True:
             await trio.sleep(_POLL_S)
             try:
                 change = await trio.to_thread.run_sync(self._core.index.changed)
+                self._rebuilt = self._rebuilt or (change is not None and change.rebuilt)
+                if self._rebuilt:  # again until it worked
+                    await trio.to_thread.run_sync(self._session.put_rows_back)
+                    self._rebuilt = False
                 if change is not None:
-                    await self._index_changed(change.rebuilt)
+                    await self._recheck_names()
+                    self._compare_wanted = True
                 if self._compare_wanted and time.monotonic() >= self._compare_next:
                     self._compare_wanted = False
                     await trio.to_thread.run_sync(self._compare_marks)
+                said = ""
             except RunfsError as error:
-                log.warning("the index cannot be read just now: %s", error)
-                await trio.sleep(1.0)
-
-    async def _index_changed(self, rebuilt: bool) -> None:
-        if rebuilt:
-            await trio.to_thread.run_sync(self._session.put_rows_back)
-        await self._recheck_names()
-        self._compare_wanted = True
+                if str(error) != said:  # it may last: a rebuild, a missing file
+                    said = str(error)
+                    log.warning("the index cannot be read just now: %s", error)
 
     async def _recheck_names(self) -> None:
         """Names at the root that the kernel knows and the index now says otherwise of."""
+        self._files.tree.generation += 1
         for count, (name, node) in enumerate(list(self._files.tree.root.children.items())):
             if isinstance(node, (FileNode, Link)) and not self._files.tree.still(node, name):
                 forget_name(self._files.tree.root.ino, name)
@@ -238,6 +246,7 @@ class Upkeep:
         for uuid, mark in self._all_marks():
             if self._marks.get(uuid) != mark:
                 self._marks[uuid] = mark
+                self._keep_rows(uuid)
                 self._token.run_sync_soon(self._row_changed, uuid)
         self._compare_next = time.monotonic() + 20 * (time.monotonic() - began)
 
@@ -248,6 +257,13 @@ class Upkeep:
             found += page
             after = page[-1][0]
         return found
+
+    def _keep_rows(self, uuid: str) -> None:
+        """Rows of an evicted record are kept as they are now, not at the next push: the index may be rebuilt first."""
+        with suppress(RunfsError):
+            unit, _path = self._core.units.place(uuid)
+            if unit.evicted:
+                self._session.pusher.rows(unit)
 
     def _row_changed(self, uuid: str) -> None:
         try:
@@ -267,14 +283,22 @@ class Upkeep:
     # --- the look over everything ------------------------------------------------------------------------------
 
     async def _look_loop(self) -> None:
-        """At start: what changed while nobody watched. A record that was never pushed counts as changed."""
-        await trio.to_thread.run_sync(self._look, abandon_on_cancel=True)
+        """What changed while nobody watched, at start and now and then: a save into an old run changes no row, since
+        machinable writes `updated_at` through to its index only in a `with Index()` block."""
+        self._marks = dict(await trio.to_thread.run_sync(self._all_marks))
+        while True:
+            began = time.monotonic()
+            await trio.to_thread.run_sync(self._look, abandon_on_cancel=True)
+            await trio.sleep(max(_LOOK_EVERY_S, _LOOK_REST * (time.monotonic() - began)))
 
     def _look(self) -> None:
-        self._marks = dict(self._all_marks())
+        """Mark what is not as it was pushed; a record that was never pushed counts as changed. The records that were
+        changed last are watched from here on."""
         if not self._core.homes:
             return
         marks: list[Unit] = []
+        newest = heapq.nlargest(_WATCHED_MOST, policy.roots(self._core), key=lambda record: record.updated_at_ns)
+        watch = {record.uuid for record in newest}
         for record in policy.roots(self._core):
             if self._session.stopping.is_set():
                 return
@@ -282,6 +306,8 @@ class Upkeep:
                 unit = self._core.units.get(record.uuid)
                 if self._session.evictor.reclaim(unit):
                     continue
+                if unit.uuid in watch:  # first, so that nothing is missed between
+                    self._watch(unit)
                 if not unit.dirty and self._changed(unit):
                     marks.append(unit)
             except (RunfsError, OSError) as error:
@@ -297,7 +323,7 @@ class Upkeep:
 
     def _mark_all(self, units: list[Unit]) -> None:
         for unit in units:
-            self.mark(unit, "found changed at start")
+            self.mark(unit, "found changed")
         units.clear()
 
     # --- space and use -----------------------------------------------------------------------------------------
@@ -328,11 +354,17 @@ class Upkeep:
             recent = time.time_ns() - int(2e9)
             for unit in self._core.units.live():
                 if unit.used_ns > recent and not unit.evicted and not self._watcher.watching(unit.uuid):
-                    await trio.to_thread.run_sync(self._watch, unit)
+                    await trio.to_thread.run_sync(self._watch_used, unit)
             since_saved += 1.0
             if since_saved >= _SAVE_USE_S:
                 since_saved = 0.0
                 await trio.to_thread.run_sync(self._save_use)
+
+    def _watch_used(self, unit: Unit) -> None:
+        self._watch(unit)
+        with suppress(RunfsError, OSError):  # a damaged record: whoever uses it is told
+            if not unit.dirty and self._changed(unit):
+                self.mark(unit, "found changed")
 
     def _save_use(self) -> None:
         used = {unit.uuid: unit.used_ns for unit in self._core.units.live() if unit.used_ns}
@@ -347,7 +379,7 @@ def pyfuse3_later(ino: Inode) -> None:
 
 async def _invalidate_inode(ino: Inode) -> None:
     try:
-        await trio.to_thread.run_sync(pyfuse3.invalidate_inode, ino, True)
+        await trio.to_thread.run_sync(pyfuse3.invalidate_inode, ino, True, limiter=_INVALIDATING)
     except OSError:
         return  # the kernel does not know it any more
 

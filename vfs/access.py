@@ -9,13 +9,13 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from vfs import linux
 from vfs.core import Core
 from vfs.errors import DamagedRecord, RunfsError
-from vfs.format import read_header
+from vfs.format import Status, read_header, run_status
 from vfs.fstypes import Attributes, Caller, Handle
 from vfs.tree import FileNode, Link, Node, Tree, View
 from vfs.units import Unit
@@ -23,10 +23,10 @@ from vfs.units import Unit
 log = logging.getLogger(__name__)
 
 # How long the kernel may keep what it was told, in seconds. Evicted files change only through the mount, which tells
-# the kernel; a working directory changes behind our back. A watched one is told of at once, but for what inotify cannot
-# see (writes through a memory map), so its time is short.
+# the kernel. A working directory changes behind our back: a watch tells of it some 0.1 s later, too late for who was
+# told by the writer, so of resident files nothing is kept.
 EVICTED = 300.0
-WATCHED = 1.0
+RESIDENT = 0.0
 
 
 class Access:
@@ -36,7 +36,6 @@ class Access:
         self._core = core
         self.tree = Tree(core.index, core.units)
         self.tree.incoming = {os.fsencode(name): path for name, path in core.journal.incoming().items()}
-        self.watched: Callable[[Unit], bool] = lambda unit: False  # set by the daemon: changes are told as they happen
         self._unsynced: dict[str, set[bytes]] = {}  # directories of a unit with names that are not synced yet
         self._started_ns = time.time_ns()
         self._owner = (os.getuid(), os.getgid())
@@ -98,7 +97,7 @@ class Access:
             raise
 
     def _describe(self, node: FileNode, status: os.stat_result) -> Attributes:
-        timeout = EVICTED if node.unit.evicted else WATCHED if self.watched(node.unit) else 0.0
+        timeout = EVICTED if node.unit.evicted else RESIDENT
         return Attributes(
             node.ino,
             status.st_mode,
@@ -213,9 +212,31 @@ class Access:
             self._guard_name(node.parent, node.name)
 
     def _is_indexed(self, directory: FileNode) -> bool:
-        path = directory.path
         try:
-            header = read_header(os.path.join(directory.unit.base, path) if path else directory.unit.base)
+            header = read_header(self._place(directory))
         except (RunfsError, OSError):
             return False
-        return self._core.index.get(header.uuid) is not None
+        # An evicted record's row may be gone for a moment, while machinable rebuilds its index: just then it would
+        # give the record's directory to a new one.
+        return directory.unit.evicted or self._core.index.get(header.uuid) is not None
+
+    def _may_be_repeated(self, node: FileNode) -> bool:
+        """Whether a file may be written only as it is: the header of a run that was not finished, since machinable
+        goes on with such a run by writing its header once more; and the marker of an evicted record, which machinable
+        writes first when it takes the place for a new record."""
+        directory = node.parent
+        if node.name not in (b"id.json", b".machinable") or not isinstance(directory, FileNode):
+            return False
+        if not self._is_indexed(directory):
+            return False
+        if node.name == b".machinable":
+            return node.unit.evicted
+        try:
+            return run_status(self._place(directory)) in (Status.PENDING, Status.LIVE, Status.DIED)
+        except DamagedRecord:
+            return False
+
+    @staticmethod
+    def _place(directory: FileNode) -> bytes:
+        path = directory.path
+        return os.path.join(directory.unit.base, path) if path else directory.unit.base

@@ -162,6 +162,8 @@ class Partial:
 
     def __init__(self, fd: int, header: Header) -> None:
         self.fd = fd
+        status = os.fstat(fd)
+        self.key = (status.st_dev, status.st_ino)
         self.digest = header.digest
         self.size = header.size
         self.changed = header.changed
@@ -177,7 +179,7 @@ class Partial:
             for number in range(first, min(end, len(self._here))):
                 self._set(number)
         if header.changed:  # it was cut, and ended before it could say so: what was cut off is nobody's to bring
-            self._cut(os.fstat(fd).st_size)
+            self._cut(status.st_size)
         self._unsaved = self._left == 0  # then the attribute has nothing more to say, and goes with the next save
 
     def _set(self, number: int) -> None:
@@ -188,6 +190,11 @@ class Partial:
     @property
     def complete(self) -> bool:
         return self._left == 0
+
+    @property
+    def unsaved(self) -> bool:
+        """Whether something came or was changed since the last `save`."""
+        return self._unsaved
 
     @property
     def local_bytes(self) -> int:
@@ -277,6 +284,9 @@ class Partial:
     def truncate(self, size: int, fd: int) -> None:
         """Cut or extend the file to `size`; what lies beyond is nobody's to bring. Its edge is here already."""
         with self.lock:
+            edge = size // CHUNK
+            if size % CHUNK and size < self.size and not any(first <= edge < end for first, end in self._saved):
+                self.save()  # else the chunk that is cut through could be brought again, whole
             self._begin_change()
             os.ftruncate(fd, size)
             faults.point("cache.cut")

@@ -169,6 +169,12 @@ class Core:
         """The one link that evicted records' links go through; it points at the mountpoint."""
         return os.fsencode(self.settings.index.parent / ".runfs")
 
+    def sequence(self, unit: Unit) -> int:
+        """A unit's change sequence at a moment when no file operation is half done."""
+        found: list[int] = []
+        self.commit(lambda: found.append(unit.sequence))
+        return found[0]
+
     # --- contents ----------------------------------------------------------------------------------------------
 
     def content(self, digest: bytes) -> Content | None:
@@ -219,20 +225,24 @@ class Core:
             if partial.users == 0 and not self._closed:
                 self._behind.submit(self._settle, partial)
 
+    def settle(self) -> None:
+        """Wait until what was released before is saved and closed."""
+        self._behind.submit(lambda: None).result()
+
     def _settle(self, partial: cache.Partial) -> None:
+        with self._lock:
+            if partial.users or self._partials.get(partial.key) is not partial:
+                return  # somebody opened it again meanwhile, or an earlier settling of the same object closed it
         try:
             partial.save()
-        except OSError as error:  # what is not called local is brought again; nothing was acknowledged
+        except (OSError, RunfsError) as error:  # what is not called local is brought again; nothing was acknowledged
             log.warning("the cache could not keep what was brought: %s", error)
         with self._lock:
-            status = os.fstat(partial.fd)
-            if partial.users:
-                return  # somebody opened it again meanwhile
-            if self._partials.get((status.st_dev, status.st_ino)) is not partial:
-                return  # an earlier settling of the same object closed it
-            del self._partials[status.st_dev, status.st_ino]
+            if partial.users or partial.unsaved:
+                return  # it was in use meanwhile; when that ends, or ended, it is settled again
+            del self._partials[partial.key]
             if not partial.changed:
-                self.held_again(status)
+                self.held_again(os.fstat(partial.fd))
             os.close(partial.fd)
 
     def in_use(self, fd: int) -> cache.Partial | None:

@@ -15,7 +15,6 @@ Nothing set aside is removed unless it is the file that was proven, untouched; a
 where the mount shows it, and pushed.
 """
 
-import errno
 import json
 import logging
 import os
@@ -29,8 +28,9 @@ from typing import Any
 
 from blake3 import blake3
 
-from vfs import cache, linux, shadow
+from vfs import cache, faults, linux, shadow
 from vfs.core import Core, Home, manifest_key, quietly_remove
+from vfs.discard import Discard
 from vfs.errors import DamagedRecord, NotFound, Refused, RunfsError, WrongBytes
 from vfs.format import is_live
 from vfs.hydrate import Hydrator, read_back
@@ -40,7 +40,7 @@ from vfs.leases import Leases
 from vfs.manifest import File, Manifest, parse
 from vfs.push import Pusher, rows_digest
 from vfs.residency import RECOVERY, State
-from vfs.scan import Seen, open_file, walk
+from vfs.scan import open_file, walk
 from vfs.units import Unit, link_of, set_aside_name
 
 log = logging.getLogger(__name__)
@@ -139,17 +139,23 @@ class Evictor:
         published = parse(row.manifest, unit.uuid)
         _covers(published, known)
         oldest = time.time_ns() - int(self._core.settings.proof.max_age * 1e9)
-        with home.watched():
-            if home.store().read(manifest_key(unit.uuid)) != row.manifest:
-                raise Refused(f"another host changed the record there; runfs push {unit.uuid} merges it")
+        try:
+            with home.watched():
+                body = home.store().read(manifest_key(unit.uuid))
+        except NotFound:
+            self._doubt(unit, home)
+            raise Refused(f"its manifest is gone from there; runfs push {unit.uuid} brings it again") from None
+        if body != row.manifest:
+            raise Refused(f"another host changed the record there; runfs push {unit.uuid} merges it")
         replicas = self._core.journal.replicas_of(unit.uuid, home.name)
         wanted = {item.file.digest for item in known.values() if item.file.kind == "file"}
+        if not wanted <= replicas.keys():
+            raise Refused(f"it lacks some of its bytes; runfs push {unit.uuid}")
         stale = [replicas[digest] for digest in wanted if replicas[digest].proven_ns < oldest]
         fresh = list(self._pool.map(lambda replica: self._prove_replica(home, replica), stale))
         self._core.journal.set_replicas(fresh)
         replicas |= {replica.digest: replica for replica in fresh}
-        hows = sorted({replicas[digest].how for digest in wanted})
-        return {"how": hows, "verified_at_ns": min((replicas[d].proven_ns for d in wanted), default=time.time_ns())}
+        return _said([replicas[digest] for digest in wanted])
 
     def _prove_replica(self, home: Home, replica: Replica) -> Replica:
         content = self._core.content(replica.digest)
@@ -158,12 +164,32 @@ class Evictor:
         try:
             read_back(home, replica, content)
         except (WrongBytes, NotFound):
-            self._core.journal.forget_replica(replica.digest, replica.store, replica.uuid)  # pushed again next time
-            self._core.journal.forget_home(replica.uuid, replica.store)
-            with suppress(RunfsError):
-                self._core.units.mark_dirty(self._core.units.get(replica.uuid), f"{home.name} lost bytes of it")
+            unit = self._core.units.get(replica.uuid)
+            if self._is_here(unit, replica.digest):
+                self._core.journal.forget_replica(replica.digest, replica.store, replica.uuid)  # pushed again next time
+                self._core.journal.forget_home(replica.uuid, replica.store)
+            self._core.units.mark_dirty(unit, f"{home.name} lost bytes of it")
             raise
         return Replica(replica.digest, replica.store, replica.uuid, replica.key, time.time_ns(), "read back")
+
+    def _doubt(self, unit: Unit, home: Home) -> None:
+        """A home has lost the manifest: what else it has lost must be looked at, and brought again if it is here."""
+        journal = self._core.journal
+        journal.forget_home(unit.uuid, home.name)
+        journal.doubt_replicas(unit.uuid, home.name)
+        for digest in journal.replicas_of(unit.uuid, home.name):
+            if self._is_here(unit, digest):
+                journal.forget_replica(digest, home.name, unit.uuid)  # found there at the next push, or pushed
+        self._core.units.mark_dirty(unit, f"{home.name} lost its manifest")
+
+    def _is_here(self, unit: Unit, digest: bytes) -> bool:
+        """Whether a content is whole on this disk. If not, where a store had it must never be forgotten."""
+        if not unit.evicted:
+            return True
+        paths = [path for path, item in self._core.journal.known(unit.uuid).items() if item.file.digest == digest]
+        with suppress(FileNotFoundError):
+            return bool(paths) and cache.read_header(os.path.join(unit.shadow, paths[0])) is None
+        return False
 
     # --- evict -------------------------------------------------------------------------------------------------
 
@@ -173,21 +199,29 @@ class Evictor:
         with unit.moving:
             if (stays := self.stays(unit)) is not None:
                 raise Refused(f"{unit.uuid}: not evicted: {stays.reason}; {stays.advice}")
-            sequence = unit.sequence
+            sequence = self._core.sequence(unit)
+            self._finish_discard(unit)
             known = self._settled(unit)
             proof = self.prove(unit, known)
+            faults.point("evict.proven")
             if self.live(unit):  # told by markers that are in `known`: what changes them from here on is noticed
                 raise Refused(f"{unit.uuid}: not evicted: it has just become live; wait until the run has finished")
+            self._core.settle()  # our own descriptors would look like somebody's
             with Leases(unit.uuid, unit.base, writable=unit.evicted) as leases:
                 leases.take(known)
+                faults.point("evict.leased")
                 if unit.evicted:
-                    freed = self._drop_cached(unit, known, leases)
+                    freed = self._drop_cached(unit, known, leases, proof)
                 else:
-                    freed = self._exchange(unit, known, leases, sequence)
-            self._pusher.scan(unit)  # the files have other inodes now; not under the leases, which it would break
-            if freed:
-                self._receipt(unit, known, freed, proof)
+                    freed = self._exchange(unit, known, leases, sequence, proof)
+            self._look_again(unit, known)  # not under the leases, which it would break
             return Evicted(unit.uuid, freed, len(known), proof)
+
+    def _look_again(self, unit: Unit, known: Mapping[bytes, Known]) -> None:
+        """The files have other inodes now. What was kept is the very file that a process may have open by now."""
+        found = self._pusher.scan(unit)
+        if found.unsettled or {f.path: f.digest for f in found.files} != {p: k.file.digest for p, k in known.items()}:
+            self._core.units.mark_dirty(unit, "changed while it was evicted")
 
     def _settled(self, unit: Unit) -> dict[bytes, Known]:
         """What the unit holds, all of it in every home."""
@@ -204,26 +238,40 @@ class Evictor:
     def _keeps(self, file: File) -> bool:
         return file.size <= self._core.settings.cache.keep_small
 
-    def _exchange(self, unit: Unit, known: Mapping[bytes, Known], leases: Leases, sequence: int) -> int:
+    def _exchange(
+        self,
+        unit: Unit,
+        known: Mapping[bytes, Known],
+        leases: Leases,
+        sequence: int,
+        proof: Mapping[str, Any],
+    ) -> int:
         before = shadow.used_bytes(unit.directory)
         place = unit.shadow
         kept = shadow.build(place, known, self._keeps, unit.directory)
         aside = set_aside_name(unit)
         row = self._row(unit, State.EVICTING, aside, known)
+        faults.point("evict.built")
         try:
             self._sync(place)
             quietly_remove(aside)
             os.symlink(link_of(unit.directory, self._core.link, unit.uuid), aside)
             linux.sync_directory(os.path.dirname(aside))
+            faults.point("evict.linked")
             self._core.commit(lambda: self._switch(unit, known, kept, leases, row, sequence))
         except BaseException:
             self._roll_back(unit, aside, place)
             raise
         linux.sync_directory(os.path.dirname(aside))
         self._show_times(unit, known)
-        self._clear_aside(unit, aside, known)
-        self._core.journal.set_unit(self._row(unit, State.EVICTED, b"", known))
-        return max(before - shadow.used_bytes(place), 0)
+        freed = max(before - shadow.used_bytes(place), 0)
+        faults.point("evict.entered")
+        self._receipt(unit, known, freed, proof)
+        faults.point("evict.receipted")
+        if self._discard(unit, aside, known, leases.descriptors()):
+            faults.point("evict.discarded")
+            self._core.journal.set_unit(self._row(unit, State.EVICTED, b"", known))
+        return freed
 
     def _sync(self, place: bytes) -> None:
         fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
@@ -246,7 +294,9 @@ class Evictor:
             raise Refused(f"{unit.uuid}: not evicted: it came into use just now; try again when it is quiet")
         _compare(unit, known, kept)
         self._core.units.enter(unit, State.EVICTING, row)
+        faults.point("evict.intended")
         linux.exchange(unit.directory, row.aside)
+        faults.point("evict.exchanged")
         self._core.units.enter(unit, State.EVICTED, replace(row, state=State.EVICTED.value))
 
     def _roll_back(self, unit: Unit, aside: bytes, place: bytes) -> None:
@@ -269,49 +319,40 @@ class Evictor:
             if seen.path in known and known[seen.path].ctime_ns:
                 self._core.show_ctime(seen.status, known[seen.path].ctime_ns)
 
-    def _clear_aside(self, unit: Unit, aside: bytes, known: Mapping[bytes, Known]) -> None:
-        """Remove what was set aside, file by file; whatever is not exactly what was proven moves into the shadow."""
-        if not is_directory(aside):
+    def _discard(
+        self, unit: Unit, aside: bytes, known: Mapping[bytes, Known], leased: Mapping[bytes, int] | None = None
+    ) -> bool:
+        """Remove what was set aside; False when something in it is in use and left for later."""
+
+        def rescued() -> None:
+            self._core.units.mark_dirty(unit, "changed while it was evicted")
+
+        done = Discard(aside, unit.shadow, known, leased or {}, rescued).run()
+        if not done:
+            log.warning("%s: something in %s is in use; it is looked at again later", unit.uuid, os.fsdecode(aside))
+        return done
+
+    def _finish_discard(self, unit: Unit) -> None:
+        """Remove what an earlier eviction had to leave. Raises Refused when it is still in use."""
+        row = self._core.journal.unit(unit.uuid) if unit.evicted else None
+        if row is None or not row.aside:
             return
-        for seen in walk(aside):  # first, so that machinable does not take it for a record
-            if os.path.basename(seen.path) == b".machinable" and seen.kind == "file":
-                os.unlink(os.path.join(aside, seen.path))
-        for seen in list(walk(aside)):
-            path = os.path.join(aside, seen.path)
-            if seen.kind == "directory":
-                continue
-            if _droppable(seen, known.get(seen.path)) or _same_inode(unit.shadow, seen.path, seen.status):
-                os.unlink(path)
-            else:
-                self._rescue(unit, aside, seen.path)
-        for seen in reversed([seen for seen in walk(aside) if seen.kind == "directory"]):
-            os.rmdir(os.path.join(aside, seen.path))
-        os.rmdir(aside)
+        if not self._discard(unit, row.aside, self._core.journal.known(unit.uuid)):
+            left = os.fsdecode(row.aside)
+            raise Refused(f"{unit.uuid}: {left} is still being written to; try again when it is closed")
+        self._core.journal.set_unit(replace(row, aside=b""))
 
-    def _rescue(self, unit: Unit, aside: bytes, path: bytes) -> None:
-        log.warning("%s: %r was changed while the record was evicted; the change is kept", unit.uuid, path)
-        target = os.path.join(unit.shadow, path)
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        self._core.units.mark_dirty(unit, "changed while it was evicted")
-        try:
-            os.rename(os.path.join(aside, path), target)
-        except OSError as error:
-            if error.errno != errno.EXDEV:
-                raise
-            quietly_remove(target)
-            shadow.copy_file(aside, unit.shadow, path)
-            linux.sync_directory(os.path.dirname(target))
-            os.unlink(os.path.join(aside, path))
-
-    def _drop_cached(self, unit: Unit, known: Mapping[bytes, Known], leases: Leases) -> int:
+    def _drop_cached(self, unit: Unit, known: Mapping[bytes, Known], leases: Leases, proof: Mapping[str, Any]) -> int:
         """The record is evicted already: drop what came back for reading."""
-        freed = 0
-        for path, fd in leases.descriptors().items():
-            file = known[path].file
-            if self._keeps(file) or os.fstat(fd).st_blocks == 0:
-                continue
+        local = {path: linux.data_bytes(fd) for path, fd in leases.descriptors().items()}
+        drops = {path: size for path, size in local.items() if size and not self._keeps(known[path].file)}
+        freed = sum(drops.values())
+        if drops:
+            self._receipt(unit, known, freed, proof)
+        for path in drops:
+            fd, file = leases.descriptors()[path], known[path].file
             shown = self._core.ctime(os.fstat(fd))
-            freed += cache.drop(fd, file.digest, file.size)
+            cache.drop(fd, file.digest, file.size)
             self._core.show_ctime(os.fstat(fd), shown)
         for tell in self._core.content_changed:
             tell(unit)
@@ -343,8 +384,11 @@ class Evictor:
         with unit.moving:
             if not unit.evicted:
                 return 0
+            self._finish_discard(unit)
+            _refuse_occupied(unit)
             brought = self.hydrate(unit)
-            sequence = unit.sequence
+            faults.point("restore.hydrated")
+            sequence = self._core.sequence(unit)
             found = self._pusher.scan(unit)
             aside = set_aside_name(unit)
             row = self._core.journal.unit(unit.uuid)
@@ -352,18 +396,21 @@ class Evictor:
             started = replace(row, state=State.RESTORING.value, aside=aside, at_ns=time.time_ns())
             shadow.remove(aside)
             self._core.units.enter(unit, State.RESTORING, started)
+            faults.point("restore.intended")
             try:
                 os.makedirs(os.path.dirname(aside), exist_ok=True)
                 shadow.copy_whole(unit.shadow, aside, found.files)
                 self._sync(aside)
+                faults.point("restore.copied")
                 self._core.commit(lambda: self._switch_back(unit, aside, sequence))
             except BaseException:
                 if unit.state is State.RESTORING and not is_directory(unit.directory):
                     shadow.remove(aside)
                     self._core.units.enter(unit, State.EVICTED, replace(started, state="evicted", aside=b""))
                 raise
-            linux.sync_directory(os.path.dirname(aside))
+            faults.point("restore.entered")
             quietly_remove(aside)
+            faults.point("restore.unlinked")
             shadow.remove(unit.shadow)
             self._pusher.scan(unit)
             return brought
@@ -371,10 +418,13 @@ class Evictor:
     def _switch_back(self, unit: Unit, aside: bytes, sequence: int) -> None:
         if unit.writers or unit.sequence != sequence:
             raise Refused(f"{unit.uuid}: not restored: it is being written to; try again when it is closed")
+        _refuse_occupied(unit)
         if not os.path.lexists(unit.directory):
             os.rename(aside, unit.directory)
         else:
             linux.exchange(unit.directory, aside)
+        faults.point("restore.exchanged")
+        linux.sync_directory(os.path.dirname(aside))  # before the journal forgets that there is a shadow
         self._core.units.enter(unit, State.RESIDENT, None)
 
     # --- recovery ----------------------------------------------------------------------------------------------
@@ -382,9 +432,9 @@ class Evictor:
     def recover(self) -> Iterable[str]:
         """Finish what a crash interrupted. Gives a sentence for each thing done or found."""
         for row in self._core.journal.units():
-            linked = os.path.islink(row.directory)
+            linked = not is_directory(row.directory)  # a link, or removed by somebody: not the real directory
             if row.state == State.EVICTED.value and not row.aside:
-                if not linked and is_directory(row.directory):
+                if not linked:
                     yield (
                         f"{row.uuid}: a real directory stands at {os.fsdecode(row.directory)} where runfs left its "
                         "link; the mount shows the evicted record. Move that directory away, or import it"
@@ -393,27 +443,52 @@ class Evictor:
             unit = self._core.units.get(row.uuid)
             row = self._core.journal.unit(row.uuid) or row
             try:
-                yield self._finish(unit, row, RECOVERY[State(row.state), linked])
+                yield self._finish(unit, row, self._target(row, linked))
             except (OSError, RunfsError) as error:
                 yield f"{row.uuid}: an interrupted move could not be finished: {error}"
+
+    @staticmethod
+    def _target(row: UnitRow, linked: bool) -> State:
+        if row.state == State.EVICTED.value and not linked and os.path.islink(row.aside):
+            return State.RESIDENT  # a power cut took the exchange back
+        return RECOVERY[State(row.state), linked]
 
     def _finish(self, unit: Unit, row: UnitRow, target: State) -> str:
         if target is State.RESIDENT:
             if os.path.islink(row.aside):
                 quietly_remove(row.aside)
             shadow.remove(unit.shadow)
+            unit.state = State.EVICTING if unit.state is State.EVICTED else unit.state
             self._core.units.enter(unit, State.RESIDENT, None)
             self._core.units.mark_dirty(unit, "looked at again after an interrupted move")
             return f"{unit.uuid}: an interrupted move was undone; the record is resident"
+        unit.state = State.EVICTED
+        known = self._core.journal.known(unit.uuid)
+        done = True
         if row.state == State.RESTORING.value:
             shadow.remove(row.aside)
         else:
-            unit.state = State.EVICTED
-            self._clear_aside(unit, row.aside, self._core.journal.known(unit.uuid))
-        unit.state = State.EVICTED
-        self._core.journal.set_unit(replace(row, state="evicted", aside=b""))
-        self._pusher.scan(unit)
+            self._late_receipt(unit, row, known)
+            done = self._discard(unit, row.aside, known)
+        self._core.journal.set_unit(replace(row, state="evicted", aside=b"" if done else row.aside))
+        self._look_again(unit, known)
+        if not done:
+            return f"{unit.uuid}: the record is evicted; {os.fsdecode(row.aside)} is in use and looked at again later"
         return f"{unit.uuid}: an interrupted move was finished; the record is evicted"
+
+    def _late_receipt(self, unit: Unit, row: UnitRow, known: Mapping[bytes, Known]) -> None:
+        """The receipt of an eviction that was interrupted before it wrote one."""
+        last = self._core.journal.receipts(unit.uuid, 1)
+        if last and last[0]["what"] == "evict" and last[0]["at_ns"] >= row.at_ns:
+            return
+        proof: dict[str, Any] = {}
+        digests = {item.file.digest for item in known.values() if item.file.kind == "file"}
+        for home in self._core.homes:
+            replicas = self._core.journal.replicas_of(unit.uuid, home.name)
+            if digests <= replicas.keys() and all(replicas[digest].proven_ns for digest in digests):
+                found = [replicas[digest] for digest in digests]
+                proof[home.name] = _said(found)
+        self._receipt(unit, known, row.bytes, proof)
 
     def reclaim(self, unit: Unit) -> bool:
         """Take a record up again whose directory is gone, or is a link of ours nobody remembers (the journal was lost):
@@ -465,16 +540,17 @@ def is_directory(path: bytes) -> bool:
         return False
 
 
-def _same_inode(root: bytes, path: bytes, status: os.stat_result) -> bool:
-    try:
-        return os.path.samestat(os.lstat(os.path.join(root, path)), status)
-    except FileNotFoundError:
-        return False
+def _refuse_occupied(unit: Unit) -> None:
+    """What somebody put where our link was is his, and stays."""
+    if os.path.lexists(unit.directory) and not os.path.islink(unit.directory):
+        there = os.fsdecode(unit.directory)
+        raise Refused(f"{unit.uuid}: not restored: something else stands at {there}; move it away and try again")
 
 
-def _droppable(seen: Seen, item: Known | None) -> bool:
-    """Whether what was set aside is exactly what was proven (a link or FIFO has no bytes to lose)."""
-    return item is not None and (seen.matches(item) or seen.kind == item.file.kind != "file")
+def _said(replicas: list[Replica]) -> dict[str, Any]:
+    """How and when copies were proven, for a receipt."""
+    hows = sorted({replica.how for replica in replicas})
+    return {"how": hows, "verified_at_ns": min((replica.proven_ns for replica in replicas), default=time.time_ns())}
 
 
 def _covers(published: Manifest, known: Mapping[bytes, Known]) -> None:
@@ -497,7 +573,7 @@ def _compare(unit: Unit, known: Mapping[bytes, Known], kept: Mapping[bytes, int]
         left.discard(seen.path)
         if item is None:
             raise _changed(unit, seen.path, "appeared")
-        if seen.kind != item.file.kind:
+        if (seen.kind, seen.target) != (item.file.kind, item.file.target):
             raise _changed(unit, seen.path, "changed")
         if seen.kind != "file":
             continue

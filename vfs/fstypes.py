@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from vfs.cache import Partial
 from vfs.tree import FileNode, Inode, Node
 
-WINDOW_FIRST = 1  # chunks brought beyond a read that goes on where the last one ended; doubles
-
 
 class Needs(Exception):
     """These chunks of a file must be brought before the call can be answered. `partial` is held for the caller, who
@@ -67,16 +65,19 @@ class Change:
 
 @dataclass(slots=True, eq=False)
 class Handle:
-    """An open file. `partial` is set where bytes may be missing; `end` and `window` follow a sequential reader."""
+    """An open file. `partial` is set where bytes may be missing; `end`, `window`
+    (chunks) and `turned` (the chunk at which it grew) follow a sequential reader."""
 
     node: FileNode
     fd: int
     flags: int
     partial: Partial | None
     keep_cache: bool = False
+    repeats: bool = False  # only what the file holds already may be written
     wrote: bool = False
     end: int = 0
-    window: int = WINDOW_FIRST
+    window: int = 1
+    turned: int = 0
     pid: int = 0
 
     @property

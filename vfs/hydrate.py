@@ -14,9 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 from blake3 import blake3
 
+from vfs import faults
 from vfs.cache import Partial
 from vfs.core import Core, Home
-from vfs.errors import NoReplica, NotFound, RunfsError, StoreTimeout, WrongBytes
+from vfs.errors import NoReplica, RunfsError, StoreTimeout, WrongBytes
 from vfs.journal import Replica
 from vfs.manifest import CHUNK, DIGEST, Content
 from vfs.scan import open_file
@@ -122,13 +123,10 @@ class Hydrator:
         self, home: Home, replica: Replica, content: Content, offset: int, length: int, uuid: str, path: bytes
     ) -> bytes:
         with self._core.moves.move("hydrate", uuid, path, home.name, length) as move, home.watched():
-            try:
-                data = home.store().read(replica.key, offset, length)
-            except NotFound:
-                self._core.journal.forget_replica(replica.digest, replica.store, replica.uuid)
-                raise
+            data = home.store().read(replica.key, offset, length)
             move.step(len(data))
-        check(data, content, offset, f"{replica.key} in {home.name}")
+        faults.point("hydrate.read")
+        check(data, content, offset, length, f"{replica.key} in {home.name}")
         return data
 
     def bring(self, partial: Partial, numbers: list[int], uuid: str, path: bytes, deadline_s: float) -> None:
@@ -206,16 +204,18 @@ class Hydrator:
             self._core.release(partial)
 
 
-def check(data: bytes, content: Content, offset: int, where: str) -> None:
-    """Compare whole chunks of a content with their digests. Raises WrongBytes naming the object."""
+def check(data: bytes, content: Content, offset: int, length: int, where: str) -> None:
+    """Compare whole chunks of a content, all `length` bytes from `offset` on, with their digests.
+
+    Raises WrongBytes naming the object.
+    """
     view = memoryview(data)
+    if len(view) != length:
+        raise WrongBytes(f"{where} gave {len(view)} bytes from {offset} on, not {length}; it is to have {content.size}")
     for start in range(0, len(view), CHUNK):
         number = (offset + start) // CHUNK
         if blake3(view[start : start + CHUNK]).digest() != content.chunks[number * DIGEST : (number + 1) * DIGEST]:
             raise WrongBytes(f"{where} does not hold the right bytes at {offset + start}")
-    expected = min(content.size - offset, max(len(view), 1))
-    if len(view) < expected:
-        raise WrongBytes(f"{where} ends early: {offset + len(view)} of {content.size} bytes")
 
 
 def _grouped(numbers: list[int]) -> Iterable[list[int]]:

@@ -167,6 +167,9 @@ class Journal:
         except apsw.Error as error:
             self.close()
             raise JournalError(f"the journal {directory / 'journal.sqlite'} cannot be used: {error}") from error
+        except BaseException:
+            self.close()
+            raise
 
     def _take(self) -> None:
         fd = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -250,6 +253,9 @@ class Journal:
             (row.uuid, row.state, row.directory, row.aside, row.rows, row.bytes, row.at_ns),
         )
 
+    def keep_rows(self, uuid: str, rows: str) -> None:
+        self._run("UPDATE units SET rows=? WHERE uuid=?", (rows, uuid))
+
     def drop_unit(self, uuid: str) -> None:
         self._run("DELETE FROM units WHERE uuid=?", (uuid,))
 
@@ -327,6 +333,10 @@ class Journal:
 
     def forget_replica(self, digest: bytes, store: str, uuid: str) -> None:
         self._run("DELETE FROM replicas WHERE digest=? AND store=? AND uuid=?", (digest, store, uuid))
+
+    def doubt_replicas(self, uuid: str, store: str) -> None:
+        """A store may have lost what it held of a record: nothing in it is proven any more."""
+        self._run("UPDATE replicas SET proven_ns=0, how='' WHERE uuid=? AND store=?", (uuid, store))
 
     def home(self, uuid: str, store: str) -> Home | None:
         rows = self._all("SELECT * FROM homes WHERE uuid=? AND store=?", (uuid, store))

@@ -12,8 +12,8 @@ import signal
 import struct
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_RENAME_NOREPLACE = 1
-_RENAME_EXCHANGE = 2
+NOREPLACE = 1  # flags of renameat2
+EXCHANGE = 2
 _SYS_OPENAT2 = 437  # the same number on every architecture since Linux 5.6
 _RESOLVE_NO_MAGICLINKS = 0x02
 _RESOLVE_NO_SYMLINKS = 0x04
@@ -37,7 +37,7 @@ def _check(result: int, name: bytes = b"") -> int:
 
 def exchange(first: bytes, second: bytes) -> None:
     """Swap two names of one file system in one step. Both must exist; neither is ever missing."""
-    _check(_libc.renameat2(AT_FDCWD, first, AT_FDCWD, second, _RENAME_EXCHANGE), first)
+    _check(_libc.renameat2(AT_FDCWD, first, AT_FDCWD, second, EXCHANGE), first)
 
 
 def rename_at(source_fd: int, source: bytes, target_fd: int, target: bytes, flags: int = 0) -> None:
@@ -97,6 +97,25 @@ def lease(fd: int) -> bool:
     return True
 
 
+def has_writers(fd: int) -> bool:
+    """Whether somebody has a file open for writing, or mapped so; `fd` is open for reading only.
+
+    False too where the file system cannot tell. Asked with a read lease that is given back at once.
+    """
+    fcntl.fcntl(fd, _F_SETSIG, signal.SIGURG)
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError as error:
+        return error.errno in (errno.EAGAIN, errno.EBUSY)
+    return False
+
+
+def lease_wanted_for_writing(fd: int) -> bool:
+    """Whether somebody waits to open, for writing, a file that we hold a write lease on."""
+    return fcntl.fcntl(fd, fcntl.F_GETLEASE) == fcntl.F_UNLCK
+
+
 def lease_held(fd: int) -> bool:
     """Whether the write lease on `fd` still stands: nobody has tried to open the file since."""
     return fcntl.fcntl(fd, fcntl.F_GETLEASE) == fcntl.F_WRLCK
@@ -130,6 +149,22 @@ def _has_open(pid: str, device: int, inode: int) -> bool:
         if (held.st_dev, held.st_ino) == (device, inode):
             return True
     return False
+
+
+def data_bytes(fd: int) -> int:
+    """Bytes of an open file that are on the disk, holes not counted (blocks would count long attributes too)."""
+    total = position = 0
+    size = os.fstat(fd).st_size
+    while position < size:
+        try:
+            position = os.lseek(fd, position, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            break
+        end = os.lseek(fd, position, os.SEEK_HOLE)
+        total, position = total + end - position, end
+    return total
 
 
 def sync_directory(path: bytes) -> None:

@@ -168,25 +168,36 @@ def parse(data: bytes, uuid: str | None = None) -> Manifest:
         raise ManifestError(f"the manifest is of record {body.get('uuid')!r}, not of {uuid}")
     try:
         return _parse_body(body)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, binascii.Error) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, binascii.Error) as error:
         raise ManifestError(f"the manifest contradicts itself: {error!r}") from error
 
 
 def _parse_body(body: dict[str, Any]) -> Manifest:
     raw = body["files"]
     contents: dict[bytes, Content] = {}
+    if not isinstance(raw, list):
+        raise ManifestError("its files are not a list")
     files = [_parse_file(item, contents) for item in raw]
+    first = [(file, "same" in item) for file, item in zip(files, raw, strict=True)]
     for position, item in enumerate(raw):
         if "same" in item:
-            files[position] = replace(files[position], same=_first_of(files, position, int(item["same"])))
+            files[position] = replace(files[position], same=_first_of(first, position, _whole(item, "same")))
     _check_tree(files)
     rows = tuple(row for row in body.get("rows", ()) if isinstance(row, dict))
-    return Manifest(str(body["uuid"]), int(body["generation"]), tuple(files), contents, rows)
+    return Manifest(str(body["uuid"]), _whole(body, "generation"), tuple(files), contents, rows)
 
 
-def _first_of(files: list[File], position: int, same: int) -> bytes:
-    other = files[same]
-    if same < 0 or same == position or other.kind != "file" or other.digest != files[position].digest:
+def _whole(item: Mapping[str, Any], name: str, least: int = 0, most: int = 2**63 - 1) -> int:
+    """A whole number that the disk and SQLite can hold."""
+    value = item[name]
+    if type(value) is not int or not least <= value <= most:
+        raise ManifestError(f"{name} is {value!r:.40}, not a whole number that can be")
+    return value
+
+
+def _first_of(files: list[tuple[File, bool]], position: int, same: int) -> bytes:
+    other, itself_a_link = files[same]
+    if itself_a_link or other.kind != "file" or other.digest != files[position][0].digest:
         raise ManifestError("a hard link names a file with other content")
     return other.path
 
@@ -199,22 +210,29 @@ def _parse_file(item: dict[str, Any], contents: dict[bytes, Content]) -> File:
     file = File(
         path,
         kind,
-        int(item["mode"]) & 0o7777,
-        int(item["mtime_ns"]),
-        uid=int(item.get("uid", 0)),
-        gid=int(item.get("gid", 0)),
+        _whole(item, "mode") & 0o7777,
+        _whole(item, "mtime_ns", -(2**63)),
+        uid=_whole({"uid": 0, **item}, "uid", 0, 2**32 - 2),
+        gid=_whole({"gid": 0, **item}, "gid", 0, 2**32 - 2),
         attributes=_attributes(item.get("attributes", {})),
     )
     if kind == "symlink":
-        return replace(file, target=_bytes(item["target"], "a link's target"))
+        target = _bytes(item["target"], "a link's target")
+        if not 0 < len(target) < 4096 or b"\0" in target:
+            raise ManifestError(f"{path!r}: not a target a link can have")
+        return replace(file, target=target)
     if kind != "file":
         return file
-    size, digest = int(item["size"]), bytes.fromhex(item["digest"])
+    size, digest = _whole(item, "size"), bytes.fromhex(item["digest"])
     chunks = base64.b64decode(item["chunks"], validate=True) if "chunks" in item else (digest if size else b"")
-    if size < 0 or len(digest) != DIGEST or len(chunks) != chunk_count(size) * DIGEST:
+    if len(digest) != DIGEST or len(chunks) != chunk_count(size) * DIGEST or (0 < size <= CHUNK and chunks != digest):
         raise ManifestError(f"{path!r}: its digests do not fit its size")
-    contents[digest] = Content(digest, size, chunks)
-    return replace(file, size=size, digest=digest, key=str(item["key"]))
+    if not isinstance(item["key"], str) or not item["key"].isprintable():
+        raise ManifestError(f"{path!r}: its object's name is no text")
+    content = Content(digest, size, chunks)
+    if contents.setdefault(digest, content) != content:
+        raise ManifestError(f"{path!r}: one digest stands for two contents")
+    return replace(file, size=size, digest=digest, key=item["key"])
 
 
 def _attributes(item: Mapping[str, str]) -> tuple[tuple[str, bytes], ...]:
@@ -256,32 +274,96 @@ class Merge:
 def merge(base: Manifest | None, ours: Manifest, theirs: Manifest) -> Merge:
     """Merge what two hosts did to one record since `base`. Nothing of either is lost.
 
-    A path changed on one side only takes that side. A path changed on both sides keeps ours under its name and
-    theirs under `<path>.conflict-<digest>`. A path one side removed and the other changed is kept.
+    A path changed on one side only takes that side. A path whose content changed on both sides keeps ours under its
+    name and theirs under `<path>.conflict-<digest>`; so does one that is a directory on one side and not on the other.
+    A path one side removed and the other changed is kept.
     """
-    before = base.by_path() if base else {}
-    mine, other = ours.by_path(), theirs.by_path()
-    result, taken, clashes = dict(mine), [], []
-    for path, file in other.items():
-        if _equal(file, mine.get(path)) or _equal(file, before.get(path)):
-            continue
-        if path in mine and not _equal(mine[path], before.get(path)):
-            if file.kind == "directory" and mine[path].kind == "directory":
-                continue
-            second = path + b".conflict-" + (file.digest.hex()[:8].encode() or b"theirs")
-            clashes.append((path, second))
-            file = replace(file, path=second, same=b"")
-        result[file.path] = file
-        taken.append(file)
+    work = _Merging(base.by_path() if base else {}, ours.by_path(), theirs.by_path())
+    for path in sorted(work.other):
+        work.bring(work.other[path])
+    result = work.result
     for path in list(result):
-        if path in mine and path not in other and _equal(mine[path], before.get(path)):
+        if path in work.mine and path not in work.other and _equal(work.mine[path], work.before.get(path)):
             del result[path]
-    _keep_parents(result, mine, other)
-    files = tuple(result[path] for path in sorted(result))
+    _keep_parents(result, work.mine, work.other)
+    files = tuple(_linked(result[path], result) for path in sorted(result))
     contents = {**theirs.contents, **ours.contents}
     generation = max(ours.generation, theirs.generation) + 1
     merged = Manifest(ours.uuid, generation, files, contents, ours.rows or theirs.rows)
-    return Merge(merged, tuple(taken), tuple(clashes))
+    return Merge(merged, tuple(work.taken), tuple(work.clashes))
+
+
+class _Merging:
+    """A merge under way: starts as ours, and takes in what they changed, file by file, parents first."""
+
+    def __init__(self, before: dict[bytes, File], mine: dict[bytes, File], other: dict[bytes, File]) -> None:
+        self.before, self.mine, self.other = before, mine, other
+        self.result = dict(mine)
+        self.taken: list[File] = []
+        self.clashes: list[tuple[bytes, bytes]] = []
+        self._moved: dict[bytes, bytes] = {}  # their directories that got a second name
+
+    def bring(self, file: File) -> None:
+        path = file.path
+        mine, before = self.mine.get(path), self.before.get(path)
+        if _equal(file, mine) or _equal(file, before):
+            return
+        place = self._place(path)
+        here = self.result.get(place)
+        if here is not None and here.kind == file.kind == "directory":
+            if place == path and _equal(here, before):
+                self._take(file)
+        elif here is None or (place == path and here.kind != "directory" != file.kind and _equal(here, before)):
+            self._take(replace(file, path=place))
+        elif not _same_content(file, here):
+            second = self._second(path, file)
+            if file.kind == "directory":
+                self._moved[path] = second
+            self._take(replace(file, path=second, same=b""))
+
+    def _take(self, file: File) -> None:
+        self.result[file.path] = file
+        self.taken.append(file)
+
+    def _place(self, path: bytes) -> bytes:
+        """Where a path of theirs goes: below the second name of a directory that is no directory here."""
+        place = b""
+        for count in range(1, path.count(b"/") + 1):
+            above = b"/".join(path.split(b"/")[:count])
+            name = above.rpartition(b"/")[2]
+            place = self._moved.get(above) or (place + b"/" + name if place else name)
+            here = self.result.get(place)
+            if here is None or here.kind != "directory":
+                directory = self.other[above]
+                if here is not None:
+                    place = self._moved[above] = self._second(above, directory)
+                self._take(replace(directory, path=place))
+        name = path.rpartition(b"/")[2]
+        return place + b"/" + name if place else name
+
+    def _second(self, path: bytes, file: File) -> bytes:
+        """A name nobody has, for their version of a path."""
+        directory, slash, name = path.rpartition(b"/")
+        mark = b".conflict-" + (file.digest.hex()[:8].encode() or b"theirs")
+        second, number = directory + slash + name[: 255 - len(mark)] + mark, 1
+        while second in self.result or second in self.other:
+            number += 1
+            ending = mark + b"-%d" % number
+            second = directory + slash + name[: 255 - len(ending)] + ending
+        self.clashes.append((path, second))
+        return second
+
+
+def _same_content(one: File, other: File) -> bool:
+    """Whether two files differ in nothing but times, mode and the like: no reason to keep both."""
+    return (one.kind, one.digest, one.target) == (other.kind, other.digest, other.target)
+
+
+def _linked(file: File, files: Mapping[bytes, File]) -> File:
+    """The file without its hard link, where the first name is no longer the same file."""
+    first = files.get(file.same) if file.same else None
+    whole = first is not None and not first.same and first.digest == file.digest
+    return file if whole or not file.same else replace(file, same=b"")
 
 
 def _keep_parents(result: dict[bytes, File], mine: Mapping[bytes, File], other: Mapping[bytes, File]) -> None:

@@ -118,6 +118,10 @@ class Names(Access):
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         if name == BY or name in self.tree.incoming or self._core.index.get(os.fsdecode(name)) is not None:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        try:
+            name.decode()
+        except UnicodeDecodeError:
+            raise OSError(errno.EILSEQ, os.strerror(errno.EILSEQ)) from None  # what no index can hold
         storage = os.fsencode(self._core.settings.project_dir / "storage")
         os.makedirs(storage, exist_ok=True)
         directory = storage + b"/" + name

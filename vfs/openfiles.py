@@ -11,7 +11,7 @@ from typing import TypeVar
 from vfs import linux
 from vfs.access import Access
 from vfs.cache import ATTRIBUTE, Partial, read_header
-from vfs.fstypes import WINDOW_FIRST, Attributes, Caller, Change, Handle, Listing, Needs
+from vfs.fstypes import Attributes, Caller, Change, Handle, Listing, Needs
 from vfs.manifest import CHUNK, chunk_count
 from vfs.tree import FileNode
 from vfs.units import Unit
@@ -19,6 +19,7 @@ from vfs.units import Unit
 T = TypeVar("T")
 _OURS = (b"user.runfs.state", b"user.runfs.pinned")
 _WINDOW_MOST = 32  # chunks
+_NEAR = 4 * CHUNK  # bytes a sequential reader may seem to skip
 _STABLE_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_SYNC | os.O_DSYNC | os.O_NOATIME
 
 
@@ -92,6 +93,10 @@ class OpenFiles(Access):
         """Open a file. Touches no store. Raises EWOULDBLOCK while the file is just being evicted: try again."""
         node = self._files(ino)
         writes = flags & os.O_ACCMODE != os.O_RDONLY or bool(flags & os.O_TRUNC)
+        if writes and self._may_be_repeated(node):
+            handle = self._opened(node, self._open_real(node, os.O_RDONLY), flags & ~os.O_TRUNC)
+            handle.repeats = True
+            return handle
         if writes:
             self._guard_header(node)
             self._change(node)
@@ -134,7 +139,7 @@ class OpenFiles(Access):
             os.close(fd)
             raise
         handle = Handle(node, fd, flags, partial)
-        node.handles.append(handle)
+        node.handles += (handle,)
         node.unit.handles += 1
         node.unit.writers += handle.writable
         node.unit.used_ns = time.time_ns()
@@ -174,17 +179,22 @@ class OpenFiles(Access):
 
     @staticmethod
     def _follow_reader(handle: Handle, offset: int, size: int) -> None:
-        # Read-ahead of the kernel overlaps and reorders a little; a jump is more than a few chunks away.
-        if -CHUNK <= offset - handle.end <= 4 * CHUNK and offset > 0:
-            if offset >= handle.end:
-                handle.window = min(handle.window * 2, _WINDOW_MOST)
-        elif offset != handle.end:
-            handle.window = 0 if offset else WINDOW_FIRST
-        handle.end = max(offset + size, handle.end) if offset - handle.end <= 4 * CHUNK else offset + size
+        """Double the window each time a reader has gone on for a whole window; a jump closes it.
+
+        The kernel cuts one read into several requests and reorders them a little, so it is chunks that count.
+        """
+        chunk = offset // CHUNK
+        if -CHUNK <= offset - handle.end <= _NEAR:
+            handle.end = max(handle.end, offset + size)
+            if chunk - handle.turned >= max(handle.window, 1):
+                handle.window = min(max(handle.window, 1) * 2, _WINDOW_MOST)
+                handle.turned = chunk
+        else:
+            handle.end, handle.turned, handle.window = offset + size, chunk, 0
 
     @staticmethod
     def _ahead(handle: Handle, partial: Partial, first: int) -> list[int]:
-        return partial.missing(first * CHUNK, handle.window * CHUNK)
+        return partial.missing(first * CHUNK, handle.window * CHUNK) if handle.window > 1 else []
 
     def ahead(self, handle: Handle, offset: int, size: int) -> list[int]:
         """Chunks a sequential reader will want soon, when what it asked for was here already."""
@@ -200,6 +210,10 @@ class OpenFiles(Access):
 
     def write(self, handle: Handle, offset: int, data: bytes) -> int:
         """Write to an open file. Raises Needs for chunks that are covered only in part and are not here."""
+        if handle.repeats:
+            if self.read(handle, offset, len(data)) != data:
+                raise PermissionError(errno.EPERM, "what a record is does not change")
+            return len(data)
         node = handle.node
         node.unit.note_change()
         handle.wrote = node.unsynced = True
@@ -295,7 +309,7 @@ class OpenFiles(Access):
     def release(self, handle: Handle) -> None:
         """The last use of a handle is over."""
         node = handle.node
-        node.handles.remove(handle)
+        node.handles = tuple(other for other in node.handles if other is not handle)
         node.unit.handles -= 1
         node.unit.writers -= handle.writable
         node.unit.used_ns = time.time_ns()

@@ -22,6 +22,7 @@ from typing import Any
 
 from blake3 import blake3
 
+from vfs import cache, faults
 from vfs.core import Core, Home, data_key, manifest_key, plain_key
 from vfs.errors import Conflict, NotFound, RunfsError, WrongBytes
 from vfs.hydrate import Hydrator, read_back
@@ -30,8 +31,8 @@ from vfs.journal import Known, Replica
 from vfs.manifest import Content, File, Manifest, Merge, dump, merge, parse, same_tree
 from vfs.scan import Changing, Scan, open_file
 from vfs.scan import scan as scan_unit
-from vfs.shadow import add_file
 from vfs.stores.protocol import Stat
+from vfs.taking import take
 from vfs.units import Unit
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ class Pusher:
         before = self._core.journal.known(unit.uuid)
 
         def hydrate(path: bytes) -> None:
-            fd = open_file(unit.base, path, os.O_RDWR)
+            fd = open_file(unit.base, path, os.O_RDONLY)
             try:
                 self._hydrator.complete(fd, unit.uuid, path)
             finally:
@@ -93,8 +94,9 @@ class Pusher:
         """Bring everything of a unit to its homes. Store failures are in the outcome; local ones are raised."""
         with unit.moving:
             outcome = Outcome(unit.uuid)
-            sequence = unit.sequence
+            sequence = self._core.sequence(unit)
             found = self.scan(unit)
+            faults.point("push.scanned")
             outcome.unsettled = found.unsettled
             rows = self.rows(unit)
             for home in self._core.homes if homes is None else homes:
@@ -106,13 +108,24 @@ class Pusher:
                 except RunfsError as error:
                     outcome.failed.append((home.name, error))
             done = homes is None and self._core.homes and not outcome.failed and not outcome.unsettled
-            outcome.clean = bool(done) and self._core.units.mark_clean(unit, sequence)
+            if done:
+                self._core.commit(lambda: setattr(outcome, "clean", self._core.units.mark_clean(unit, sequence)))
             return outcome
 
     def rows(self, unit: Unit) -> tuple[Mapping[str, Any], ...]:
-        """The index rows of a unit: what goes into its manifest."""
+        """The index rows of a unit: what goes into its manifest.
+
+        Those of an evicted unit are kept in the journal too, and one that the index has lost is taken from there.
+        """
         uuids = [unit.uuid, *(record.uuid for record in self._core.index.nested(unit.uuid))]
-        return tuple(self._core.index.rows(uuids))
+        rows = {str(row["record_id"]): row for row in self._core.index.rows(uuids)}
+        kept = self._core.journal.unit(unit.uuid) if unit.evicted else None
+        if kept is not None:
+            before = json.loads(kept.rows)
+            rows = {row["record_id"]: row for row in before} | rows
+            if list(rows.values()) != before:
+                self._core.journal.keep_rows(unit.uuid, json.dumps(list(rows.values())))
+        return tuple(rows.values())
 
     def _push_to(self, unit: Unit, home: Home, found: Scan, rows: tuple[Mapping[str, Any], ...]) -> Pushed:
         began = time.monotonic()
@@ -124,7 +137,10 @@ class Pusher:
         uploads = Uploads(self._core, unit, home, contents, _plain_taken(previous))
         lacking = {known.file.digest: known for known in found.known if known.file.kind == "file"}
         todo = [known for digest, known in lacking.items() if digest not in have]
+        if unit.evicted:
+            self._make_whole(unit, todo)
         have |= self._upload(uploads, todo)
+        faults.point("push.recorded")
         ours = Manifest(unit.uuid, (row.generation if row else 0) + 1, _with_keys(found.files, have), contents, rows)
         if row is not None and previous is not None and same_tree(previous, ours) and previous.rows == ours.rows:
             return Pushed(home.name, 0, 0)
@@ -157,6 +173,16 @@ class Pusher:
             done[replica.digest] = replica
         return done
 
+    def _make_whole(self, unit: Unit, todo: Iterable[Known]) -> None:
+        """Bring what another home has, for a home that lacks it."""
+        for known in todo:
+            fd = open_file(unit.base, known.file.path, os.O_RDONLY)
+            try:
+                if cache.read_header(fd) is not None:
+                    self._hydrator.complete(fd, unit.uuid, known.file.path)
+            finally:
+                os.close(fd)
+
     def _theirs(self, unit: Unit, home: Home) -> Manifest | None:
         """The manifest a store already has of a record we never pushed there."""
         try:
@@ -179,6 +205,7 @@ class Pusher:
             try:
                 with home.watched():
                     self._write_manifest(home, manifest_key(unit.uuid), body, version)
+                faults.point("push.published")
             except Conflict:
                 log.info("%s: %s has another version; merging", unit.uuid, home.name)
             read, version = self._read_manifest(home, unit.uuid)
@@ -191,6 +218,7 @@ class Pusher:
                 continue
             now = time.time_ns()
             home.was_used()
+            faults.point("push.read")
             self._core.journal.set_home(
                 HomeRow(unit.uuid, home.name, ours.generation, version or "", body, rows_digest(ours.rows), now, now)
             )
@@ -221,26 +249,22 @@ class Pusher:
     def _merge(self, unit: Unit, home: Home, base: Manifest | None, ours: Manifest, theirs: Manifest) -> Merge:
         merged = merge(base, ours, theirs)
         self._core.journal.add_contents(theirs.contents.values())
+        have = self._core.journal.replicas_of(unit.uuid, home.name)  # where ours are is known better than by hearsay
         self._core.journal.set_replicas(
-            Replica(file.digest, home.name, unit.uuid, file.key, 0, "") for file in theirs.files if file.kind == "file"
+            Replica(file.digest, home.name, unit.uuid, file.key, 0, "")
+            for file in theirs.files
+            if file.kind == "file" and file.digest not in have
         )
         for path, second in merged.clashes:
             log.warning("%s: %r was changed by another host too; theirs is kept as %r", unit.uuid, path, second)
-        self.take(unit, merged.taken)
-        return merged
+        if merged.taken:
 
-    def take(self, unit: Unit, files: Iterable[File]) -> None:
-        """Make files another host added or changed appear in the local record."""
-        for file in sorted(files, key=lambda item: item.path):
-            fd = add_file(unit.base, file, replace_existing=True)
-            if fd is None:
-                continue
-            try:
-                if not unit.evicted:  # a working directory never holds a placeholder
-                    self._hydrator.complete(fd, unit.uuid, file.path)
-            finally:
-                os.close(fd)
-        unit.note_change()
+            def complete(fd: int, path: bytes) -> None:
+                self._hydrator.complete(fd, unit.uuid, path)
+
+            take(unit, merged.taken, self._core.journal.known(unit.uuid), complete)
+            unit.note_change()
+        return merged
 
 
 def _proof_of(stat: Stat) -> tuple[int, str]:
@@ -343,10 +367,12 @@ class Uploads:
                 except (WrongBytes, NotFound):
                     continue
                 return replica
+            faults.point("push.uploaded")
             return Replica(file.digest, self.home.name, uuid, key, proven, how)
-        raise WrongBytes(
-            f"{self.home.name} holds wrong bytes under {data_key(uuid, file.digest)}; remove that object and push again"
-        )
+        # Its name is the digest of other bytes, so it is of no use to anybody: the one object that is replaced.
+        log.warning("%s holds wrong bytes under %s; they are replaced", self.home.name, key)
+        proven, how = write(key, False)
+        return Replica(file.digest, self.home.name, uuid, key, proven, how)
 
     def _exists(self, key: str) -> bool:
         try:

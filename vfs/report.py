@@ -175,7 +175,8 @@ def _file_status(core: Core, unit: Unit, path: bytes) -> dict[str, Any]:
     finally:
         os.close(fd)
     seen = next((each for each in [core.journal.known(unit.uuid).get(path)] if each), None)
-    local = partial.local_bytes if partial else header.local_bytes if header else now.st_size
+    held = partial or header  # what was cut off counts as here: it is nothing to bring
+    local = max(now.st_size - (held.size - held.local_bytes), 0) if held else now.st_size
     digest = header.digest if header and not header.changed else seen.file.digest if seen else b""
     if unit.dirty:
         state = "dirty"
@@ -234,7 +235,8 @@ def sizes_of(unit: Unit) -> tuple[int, int]:
             continue
         size += seen.status.st_size
         header = cache.read_header(os.path.join(unit.base, seen.path)) if unit.evicted else None
-        local += header.local_bytes if header else seen.status.st_size
+        missing = header.size - header.local_bytes if header else 0
+        local += max(seen.status.st_size - missing, 0)
     return size, local
 
 
@@ -334,6 +336,8 @@ def safe(session: "Session", args: dict[str, Any], progress: "Progress") -> dict
             unsafe.append({"uuid": unit.uuid, "reason": _why(error), "bytes": 0})
             continue
         if unit_files:
+            if not unit.dirty:  # nobody had noticed: it is pushed from here on
+                core.units.mark_dirty(unit, "found changed")
             unsafe.append({"uuid": unit.uuid, "reason": _unsafe_reason(core, unit, unit_files), "bytes": unit_size})
             files, size = files + unit_files, size + unit_size
     rate = core.moves.push_rate or None

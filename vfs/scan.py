@@ -5,6 +5,7 @@ Blocks as the local disk does; digesting reads whole files. Follows no symlink, 
 
 import os
 import stat
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -13,6 +14,8 @@ from vfs.errors import DamagedRecord
 from vfs.journal import Known
 from vfs.manifest import Content, File, digest_of
 
+# Before Linux 6.13 two changes within a tick of the clock (10 ms at most) leave the same times.
+_TICK_NS = 20_000_000
 _ATTEMPTS = 3  # to read a file that is being written to, before it is left for later
 
 
@@ -150,7 +153,7 @@ def scan(
             known.append(Known(_describe(seen), seen.status.st_ino, seen.status.st_ctime_ns))
             continue
         try:
-            taken, status, attributes = _take(root, seen, content, hydrate)
+            taken, status, attributes, settled = _take(root, seen, content, hydrate)
         except FileNotFoundError:
             continue
         except Changing:
@@ -159,6 +162,8 @@ def scan(
                 continue
             known.append(replace(old, ctime_ns=0))  # the last content that was whole; looked at again next time
             continue
+        if not settled:
+            unsettled.append(seen.path)
         contents[taken.digest] = taken
         described = _describe(replace(seen, status=status))
         file = replace(described, digest=taken.digest, size=taken.size, same=same, attributes=attributes)
@@ -194,19 +199,21 @@ def _take(
     seen: Seen,
     content: Callable[[bytes], Content | None],
     hydrate: Callable[[bytes], None] | None,
-) -> tuple[Content, os.stat_result, tuple[tuple[str, bytes], ...]]:
-    """Digest one file, or take a placeholder's word for it. Raises Changing when it will not stand still."""
+) -> tuple[Content, os.stat_result, tuple[tuple[str, bytes], ...], bool]:
+    """Digest one file, or take a placeholder's word for it: its content, stat and attributes, and whether that was
+    all of it (not of a log that grows). Raises Changing when it will not stand still."""
     for attempt in range(_ATTEMPTS):
         fd = open_file(root, seen.path, os.O_RDONLY)
         try:
             header = cache.read_header(fd)
             if header is not None:
                 if not header.changed and (known := content(header.digest)) is not None:
-                    return known, os.fstat(fd), cache.user_attributes(fd)
+                    return known, os.fstat(fd), cache.user_attributes(fd), True
                 if hydrate is None:
                     raise DamagedRecord(f"{os.fsdecode(seen.path)} is not whole and cannot be completed here")
                 hydrate(seen.path)
                 continue
+            _let_settle(fd)
             before = os.fstat(fd)
             try:
                 digested = digest_of(reader(fd), before.st_size)
@@ -216,10 +223,19 @@ def _take(
         finally:
             os.close(fd)
         if (before.st_mtime_ns, before.st_ctime_ns) == (after.st_mtime_ns, after.st_ctime_ns):
-            return digested, after, attributes
+            return digested, after, attributes, True
         if attempt == _ATTEMPTS - 1 and after.st_size > before.st_size:
-            return digested, before, attributes  # a log that grows: what it held when we began, and dirty still
+            return digested, before, attributes, False  # what it held when we began, and dirty still
     raise Changing(f"{os.fsdecode(seen.path)} went on changing while it was read")
+
+
+def _let_settle(fd: int) -> None:
+    """See to it that whatever changes the file from now on changes its times."""
+    if linux.has_writers(fd):  # a store into a mapped page that is dirty already changes none: only a clean page's does
+        os.fdatasync(fd)
+    age = time.time_ns() - os.fstat(fd).st_ctime_ns
+    if 0 <= age < _TICK_NS:
+        time.sleep((_TICK_NS - age) / 1e9)
 
 
 def open_file(root: bytes, path: bytes, flags: int) -> int:

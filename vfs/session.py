@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from vfs import actions, doctor, report
+from vfs import actions, doctor, imports, report
 from vfs.core import Core
 from vfs.errors import UsageError
 from vfs.evict import Evictor
@@ -84,7 +84,7 @@ class Session:
 
     def put_rows_back(self) -> list[str]:
         """Give evicted records back to an index that machinable dropped and rebuilt; the uuids put back."""
-        return actions.put_rows_back(self.core)
+        return imports.put_rows_back(self.core)
 
     def close(self) -> None:
         """Stop what runs and let go of everything. What was not pushed stays in the journal."""
@@ -128,8 +128,8 @@ COMMANDS: dict[str, Command] = {
     "unpin": actions.unpin,
     "push": actions.push,
     "verify": actions.verify,
-    "reindex": actions.reindex,
-    "import": actions.import_,
+    "reindex": imports.reindex,
+    "import": imports.import_,
     "stores": doctor.stores,
     "doctor": doctor.doctor,
 }

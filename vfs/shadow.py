@@ -28,18 +28,11 @@ def parent_of(root: bytes, path: bytes) -> tuple[int, bytes]:
         os.close(top)
 
 
-def add_file(root: bytes, file: File, *, replace_existing: bool = False) -> int | None:
+def add_file(root: bytes, file: File) -> int | None:
     """Make one path of a manifest below `root`: a directory, a link, or a placeholder whose open descriptor is
-    returned. An existing file is replaced in one step where asked, else FileExistsError."""
+    returned. Raises FileExistsError, not for a directory."""
     directory, name = parent_of(root, file.path)
     try:
-        if replace_existing and file.kind != "directory":
-            temporary = b".runfs-new-" + name[:200]
-            with suppress(FileNotFoundError):
-                os.unlink(temporary, dir_fd=directory)
-            fd = _make(directory, temporary, file)
-            os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
-            return fd
         return _make(directory, name, file)
     finally:
         os.close(directory)
@@ -152,24 +145,53 @@ def copy_file(source_root: bytes, target_root: bytes, path: bytes) -> None:
     target_fd, _name = parent_of(target_root, path)
     try:
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=source_fd)
-        out = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=target_fd)
         try:
-            status = os.fstat(fd)
-            position = 0
-            while copied := os.copy_file_range(fd, out, 8 << 20, position, position):
-                position += copied
-            if os.geteuid() == 0:
-                os.fchown(out, status.st_uid, status.st_gid)
-            os.fchmod(out, stat.S_IMODE(status.st_mode))
-            for attribute, value in cache.user_attributes(fd):
-                os.setxattr(out, attribute, value)
-            os.utime(out, ns=(status.st_atime_ns, status.st_mtime_ns))
+            _copy_to(fd, name, target_fd)
         finally:
             os.close(fd)
-            os.close(out)
     finally:
         os.close(source_fd)
         os.close(target_fd)
+
+
+def copy_to(fd: int, target: bytes) -> None:
+    """Copy an open file, all of it and synced, to a new name. Raises FileExistsError."""
+    _copy_to(fd, target, None, sync=True)
+
+
+def _copy_to(fd: int, name: bytes, directory: int | None, *, sync: bool = False) -> None:
+    out = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=directory)
+    try:
+        status = os.fstat(fd)
+        _copy_bytes(fd, out, status.st_size)
+        if os.geteuid() == 0:
+            os.fchown(out, status.st_uid, status.st_gid)
+        os.fchmod(out, stat.S_IMODE(status.st_mode))
+        for attribute, value in cache.user_attributes(fd):
+            os.setxattr(out, attribute, value)
+        os.utime(out, ns=(status.st_atime_ns, status.st_mtime_ns))
+        if sync:
+            os.fsync(out)
+    finally:
+        os.close(out)
+
+
+def _copy_bytes(fd: int, out: int, size: int) -> None:
+    """Copy between file systems of any two kinds (copy_file_range(2) takes only two of one kind); holes stay holes."""
+    os.ftruncate(out, size)
+    position = 0
+    while position < size:
+        try:
+            position = os.lseek(fd, position, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return  # nothing but a hole is left
+        end = os.lseek(fd, position, os.SEEK_HOLE)
+        while position < end and (data := os.pread(fd, min(8 << 20, end - position), position)):
+            position += os.pwrite(out, data, position)
+        if position < end:
+            return  # it was cut meanwhile; whoever compares it finds out
 
 
 def copy_whole(source: bytes, target: bytes, known: Iterable[File]) -> None:

@@ -13,7 +13,7 @@ from urllib.parse import unquote_to_bytes
 
 from blake3 import blake3
 
-from vfs.errors import DamagedRecord, UnknownRecord, UsageError
+from vfs.errors import DamagedRecord, IndexUnavailable, UnknownRecord, UsageError
 from vfs.index import Index, Record
 from vfs.index_search import date_bounds
 from vfs.units import Unit, Units
@@ -34,6 +34,7 @@ class Node:
     name: bytes
     lookups: int = 0
     children: dict[bytes, "Node"] = field(default_factory=dict)
+    checked: int = 0  # of a name in a view: the tree's `generation` when the index said so
 
 
 @dataclass(slots=True, eq=False)
@@ -59,8 +60,8 @@ class FileNode(Node):
     unit: Unit
     key: tuple[int, int] = (0, 0)
     epoch: int = -1
-    others: set[tuple[Node, bytes]] = field(default_factory=set)
-    handles: list[object] = field(default_factory=list)
+    others: frozenset[tuple[Node, bytes]] = frozenset()  # values, not containers: a listing makes many nodes
+    handles: tuple[object, ...] = ()
     stamp: tuple[int, int, int] | None = None
     unsynced: bool = False
 
@@ -96,6 +97,8 @@ class Tree:
         self.nodes: dict[Inode, Node] = {ROOT: self.root}
         self._linked: dict[tuple[int, int], FileNode] = {}  # files with several names, by (device, inode)
         self.incoming: dict[bytes, bytes] = {}  # name at the root -> real directory
+        self.generation = 0  # grows when the index changed: names in views are asked for anew
+        self._arrived: dict[bytes, bytes] = {}  # first name of an incoming record -> its uuid
 
     def get(self, ino: int) -> Node:
         return self.nodes[Inode(ino)]
@@ -148,9 +151,11 @@ class Tree:
         """Whether the index still says of this name what it said when the node was made."""
         if isinstance(node, View) or name in self.incoming:
             return True
+        if name in self._arrived:
+            return isinstance(node, Link) and node.target == self._arrived[name]
         record = self._record(name)
         if record is None:
-            return False
+            return isinstance(node, FileNode) and node.unit.evicted
         target = self._nested_target(record)
         return node.target == target if isinstance(node, Link) else target is None
 
@@ -159,7 +164,17 @@ class Tree:
             record = self._index.get(name.decode("ascii"))
         except UnicodeDecodeError:
             return None
+        except IndexUnavailable:
+            if self._evicted(name) is None:
+                raise
+            return None
         return None if record is None or record.kind == "Project" else record
+
+    def _evicted(self, name: bytes) -> Unit | None:
+        """The evicted record of this name. It can be entered also while the index has no row of it: machinable drops
+        its tables to rebuild them, and whoever loaded the record before goes on reading and writing."""
+        uuid = name.decode("ascii", "replace")
+        return self._units.get(uuid) if self._units.is_evicted(uuid) else None
 
     def _make_at_root(self, name: bytes) -> Node:
         if name == BY:
@@ -167,7 +182,12 @@ class Tree:
         record = self._record(name)
         if record is None:
             if name in self.incoming:
-                return self.file_node(self.root, name, self._units.adopt(name.decode(), self.incoming[name]))
+                unit = self._units.adopt(name.decode(), self.incoming[name], incoming=True)
+                return self.file_node(self.root, name, unit)
+            if name in self._arrived:  # whoever still copies into it by its first name goes on
+                return Link(self.number(b"link", name), self.root, name, target=self._arrived[name])
+            if (evicted := self._evicted(name)) is not None:
+                return self.file_node(self.root, name, evicted)
             raise FileNotFoundError(2, "no such record", name)
         target = self._nested_target(record)
         if target is not None:
@@ -176,6 +196,14 @@ class Tree:
             return self.file_node(self.root, name, self._units.get(record.uuid))
         except UnknownRecord:
             raise FileNotFoundError(2, "no such record", name) from None
+
+    def arrive(self, name: bytes, uuid: bytes) -> None:
+        """An incoming directory is record `uuid` now; its nodes and their numbers stay."""
+        del self.incoming[name]
+        if name != uuid:
+            self._arrived[name] = uuid
+            if name in self.root.children:
+                self.move(self.root, name, self.root, uuid)
 
     def _nested_target(self, record: Record) -> bytes | None:
         if record.parent_id is None:
@@ -226,16 +254,17 @@ class Tree:
         if node.parent is None:
             node.parent, node.name = parent, name
         elif (node.parent, node.name) != (parent, name):
-            node.others.add((parent, name))
+            node.others |= {(parent, name)}
         parent.children[name] = node
 
     def detach(self, parent: Node, name: bytes) -> Node | None:
         """Take a name away; the node stays as long as the kernel knows it."""
         node = parent.children.pop(name, None)
         if isinstance(node, FileNode):
-            node.others.discard((parent, name))
+            node.others -= {(parent, name)}
             if node.parent is parent and node.name == name:
-                node.parent, node.name = node.others.pop() if node.others else (None, name)
+                node.parent, node.name = next(iter(node.others), (None, name))
+                node.others -= {(node.parent, node.name)}
         elif node is not None:
             node.parent = None
         return node
@@ -265,11 +294,15 @@ class Tree:
             if isinstance(child, FileNode):
                 self._change_unit(child, unit)
 
-    def of_unit(self, unit: Unit) -> list[FileNode]:
-        """Nodes of a unit that the kernel knows."""
+    def of_unit(self, unit: Unit, path: bytes = b"", *, deep: bool = True) -> list[FileNode]:
+        """Nodes of a unit that the kernel knows: the one at `path` and, if `deep`, all below it."""
         top = self.root.children.get(unit.uuid.encode())
+        for name in path.split(b"/") if path else ():
+            top = top.children.get(name) if top is not None else None
         found: list[FileNode] = []
         queue = [top] if isinstance(top, FileNode) else []
+        if not deep:
+            return [node for node in queue if isinstance(node, FileNode)]
         while queue:
             node = queue.pop()
             found.append(node)
@@ -281,20 +314,32 @@ class Tree:
     def in_view(self, view: View, name: bytes) -> Node:
         """The node of a name in a view. Raises FileNotFoundError."""
         present = view.children.get(name)
-        if present is not None:
+        if present is not None and present.checked == self.generation:
             return present
+        try:
+            node = self._make_in_view(view, name, present)
+        except FileNotFoundError:
+            self.detach(view, name)
+            raise
+        node.checked = self.generation
+        return node
+
+    def _make_in_view(self, view: View, name: bytes, present: Node | None) -> Node:
+        """The node of a name, if the index has it: the one that is `present`, or a new one."""
         place = (*view.place, decode_value(name))
         if self._is_directory(place):
             if not self._exists(place):
                 raise FileNotFoundError(2, "no such value", name)
-            node: Node = View(self._view_number(place), view, name, place=place)
+            node: Node = present or View(self._view_number(place), view, name, place=place)
         else:
             record = self._index.get(place[-1])
             if record is None or not self._in(view.place, record.uuid):
                 raise FileNotFoundError(2, "no such record in this view", name)
-            up = b"../" * len(place)
-            node = Link(self._view_number(place), view, name, target=up + name, mtime_ns=record.updated_at_ns)
-        self.add(node)
+            target = b"../" * len(place) + name
+            number, changed_ns = self._view_number(place), record.updated_at_ns
+            node = present or Link(number, view, name, target=target, mtime_ns=changed_ns)
+        if present is None:
+            self.add(node)
         return node
 
     def _view_number(self, place: tuple[str, ...]) -> Inode:

@@ -35,6 +35,7 @@ class Unit:
         "epoch",
         "first_change",
         "handles",
+        "incoming",
         "moving",
         "sequence",
         "shadow",
@@ -55,6 +56,7 @@ class Unit:
         self.handles = 0
         self.writers = 0
         self.dirty = False
+        self.incoming = False  # made at the root and no record of the index yet: nothing of it is pushed
         self.changed_at = 0.0
         self.first_change = 0.0
         self.used_ns = 0
@@ -107,7 +109,7 @@ class Units:
         """The unit of a root record. Raises UnknownRecord; DamagedRecord when it has no local place."""
         with self._lock:
             unit = self._known.get(uuid)
-            return unit if unit is not None else self._make(uuid)
+            return unit if unit is not None and not unit.incoming else self._make(uuid)
 
     def _make(self, uuid: str) -> Unit:
         row = self._journal.unit(uuid)
@@ -122,22 +124,35 @@ class Units:
             raise UnknownRecord(f"the index has no record {uuid}; `runfs ls` shows those it has")
         if record.directory is None:
             raise DamagedRecord(f"{uuid}: the index says it is at {record.storage_uri}, which is not on this machine")
+        other = linked_record(record.directory)
+        if other not in (None, uuid):
+            raise DamagedRecord(
+                f"{uuid}: its row gives it the place of the evicted record {other}: a run made it while the index had "
+                f"lost that one's row. It holds nothing; hide it: Index.get().hide({uuid!r})"
+            )
         return record.directory
 
-    def adopt(self, uuid: str, directory: bytes) -> Unit:
-        """The unit of a directory that the index does not know yet (incoming)."""
+    def adopt(self, uuid: str, directory: bytes, *, incoming: bool = False) -> Unit:
+        """The unit of a directory that the index does not know yet; `uuid` is only its name while it is `incoming`."""
         with self._lock:
             unit = self._known.get(uuid)
             if unit is None:
                 unit = self._known[uuid] = Unit(uuid, directory, self.shadow_of(uuid), None)
+                unit.incoming = incoming
             return unit
 
     def rename(self, unit: Unit, uuid: str) -> None:
         """An incoming directory turned out to be record `uuid`."""
         with self._lock:
             self._known.pop(unit.uuid, None)
-            unit.uuid, unit.shadow = uuid, self.shadow_of(uuid)
+            unit.uuid, unit.shadow, unit.incoming = uuid, self.shadow_of(uuid), False
             self._known[uuid] = unit
+
+    def is_evicted(self, uuid: str) -> bool:
+        """Whether a record's files are in a shadow, whatever the index says."""
+        with self._lock:
+            unit = self._known.get(uuid)
+            return unit.evicted if unit is not None else self._journal.unit(uuid) is not None
 
     def live(self) -> list[Unit]:
         """Units somebody holds now."""
@@ -172,15 +187,19 @@ class Units:
 
     def mark_dirty(self, unit: Unit, why: str) -> None:
         """Note a change; durable in the journal before this returns if the unit was clean."""
-        unit.note_change()
-        if not unit.dirty:
-            self._journal.mark_dirty(unit.uuid, why)
-            with self._lock:
+        with self._lock:
+            unit.note_change()
+            if not unit.dirty and not unit.incoming:
+                self._journal.mark_dirty(unit.uuid, why)
                 unit.dirty = True
                 self._dirty[unit.uuid] = unit
 
     def mark_clean(self, unit: Unit, sequence: int) -> bool:
-        """The homes hold what the unit was at `sequence`; False if it has changed since and stays dirty."""
+        """The homes hold what the unit was at `sequence`; False if it has changed since and stays dirty.
+
+        Called, and `sequence` read, where no file operation is half done (`core.commit`): one that has been noted
+        but not carried out yet would otherwise be taken for pushed.
+        """
         with self._lock:
             if unit.sequence != sequence or unit.writers:
                 return False
@@ -239,6 +258,15 @@ def link_of(directory: bytes, link: bytes, uuid: str) -> bytes:
     """Target of the symlink that takes a record's place: relative, so that a moved project keeps working."""
     parent = os.path.realpath(os.path.dirname(directory))
     return os.path.relpath(link + b"/" + uuid.encode(), parent)
+
+
+def linked_record(directory: bytes) -> str | None:
+    """The evicted record whose link (see `link_of`) is at a place; None where there is none of ours."""
+    try:
+        above, _slash, uuid = os.readlink(directory).rpartition(b"/")
+    except OSError:
+        return None
+    return os.fsdecode(uuid) if os.path.basename(above) == b".runfs" else None
 
 
 def point(link: bytes, mountpoint: bytes) -> None:

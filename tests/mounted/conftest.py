@@ -10,7 +10,7 @@ from tests.mounted.records import STATES, Record, Shared
 from tests.mounts import fuse_missing, unmount_under
 
 LIMIT_S = 90.0  # for one test; what waits in the mount then gets an error instead of waiting for ever
-RECORDS = 70  # more than any module takes
+RECORDS = 130  # more than any module takes
 
 
 @pytest.fixture(autouse=True)

@@ -61,8 +61,8 @@ class TestCopying:
         record.both("mv big.bin sub/moved.bin; mv sub sub2; mv -T sub2 'sub again'; mv log.txt link")
         record.check()
         other = shared.take("resident" if record.state == "evicted" else "evicted")
-        run(f"mv 'sub again' {other.path}/taken; mv private {other.path}/", record.path)
-        run(f"mv 'sub again' {other.plain}/taken; mv private {other.plain}/", record.plain)
+        for here, there in ((record.path, other.path), (record.plain, other.plain)):
+            run(f"mv 'sub again/deeper dir' {there}/taken; mv -f private sub\\ again/moved.bin {there}/", here)
         record.check()
         other.check()
 
@@ -83,13 +83,12 @@ class TestLooking:
     def test_grep_brings_back_what_it_reads_only(self, evicted: Record) -> None:
         assert run("grep -rl --include='*.txt' needle .", evicted.path).stdout == "./log.txt\n"
         assert evicted.local_bytes("log.txt") > 0  # it is larger than what is kept, and had to be read
-        assert evicted.local_bytes("big.bin") == 0
-        assert evicted.local_bytes("private") == 0
+        assert evicted.local_bytes("big.bin") == 0  # others up to 1 MiB may come along with it
 
     def test_grep_over_what_is_kept_small_brings_nothing(self, shared: Shared) -> None:
         records = [shared.take("evicted") for _ in range(2)]
         names = [str(record.path) for record in records]
-        found = run(f"grep -rl --include='small.txt' --include='*.json' two {' '.join(names)}", shared.place).stdout
+        found = run(f"grep -rl --include='small.txt' --include='*.json' three {' '.join(names)}", shared.place).stdout
         assert sorted(found.splitlines()) == sorted(f"{name}/small.txt" for name in names)
         for record in records:
             large = [path for path in record.plain.rglob("*") if path.is_file() and path.stat().st_size > KEEP_SMALL]
@@ -102,7 +101,6 @@ class TestLooking:
     def test_head_brings_one_chunk(self, evicted: Record) -> None:
         run("head -c 100 big.bin > /dev/null", evicted.path)
         assert 0 < evicted.local_bytes("big.bin") <= 4 * MIB  # what the kernel reads ahead, not the file
-        assert evicted.local_bytes("chunk.bin") == 0
 
 
 class TestWriting:
