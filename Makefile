@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 # `make demo S3=1`: the second store is a SeaweedFS S3 server instead of a directory.
 S3 ?=
+# `make bench SIZE=256MiB ROUNDS=1` is quick.
+SIZE ?= 1GiB
+ROUNDS ?= 3
 
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 # One section of requirements.lock, installed exactly: every hash must match, and nothing that is not in the file comes along.
@@ -11,7 +14,7 @@ install-section = sed -n '/^\# section: $(1)$$/,/^\# section: /p' requirements.l
 	&& $(PIP) install --quiet --no-deps --require-hashes -r $(VENV)/requirements-$(1).txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install test check demo lock clean system
+.PHONY: help install test check demo bench lock clean system
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -30,6 +33,9 @@ check: $(VENV)/.test  ## lint, format, types, and that imports point from daemon
 
 demo: $(VENV)/.demo  ## the main job on a small real project, step by step (S3=1: against a real S3 server)
 	$(VENV)/bin/python -m daemon.demo $(if $(filter-out 0,$(S3)),--s3)
+
+bench: $(VENV)/.test  ## cold read, warm read, write and push of 1 GiB against opendal and cp (SIZE=, ROUNDS=)
+	$(VENV)/bin/python -m tests.bench.main_job --size $(SIZE) --rounds $(ROUNDS)
 
 lock: $(VENV)/.runtime  ## write requirements.lock anew from pyproject.toml (UPGRADE=1: with the newest versions)
 	$(PYTHON) -m venv $(VENV)/lock && $(VENV)/lock/bin/python -m pip install --quiet uv

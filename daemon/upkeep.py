@@ -16,7 +16,7 @@ import trio
 
 from daemon.arrivals import Arrivals
 from vfs import actions, policy, report
-from vfs.errors import RunfsError
+from vfs.errors import RunfsError, in_words
 from vfs.filesystem import FileSystem
 from vfs.scan import differs
 from vfs.session import Session
@@ -156,7 +156,7 @@ class Upkeep:
             outcome = self._session.pusher.push(unit)
             error = outcome.failed[0][1] if outcome.failed else None
         except (RunfsError, OSError) as problem:
-            error = problem if isinstance(problem, RunfsError) else RunfsError(f"{unit.uuid}: {problem}")
+            error = problem if isinstance(problem, RunfsError) else RunfsError(f"{unit.uuid}: {in_words(problem)}")
         except Exception:
             log.exception("pushing %s failed unexpectedly; please report this", unit.uuid)
             error = RunfsError("an unexpected error; see the log")
@@ -202,7 +202,7 @@ class Upkeep:
                 outcome = self._session.pusher.push(unit)
                 failed.extend({"uuid": unit.uuid, "reason": str(error)} for _name, error in outcome.failed)
             except (RunfsError, OSError) as error:
-                failed.append({"uuid": unit.uuid, "reason": str(error)})
+                failed.append({"uuid": unit.uuid, "reason": in_words(error)})
             tell({"what": "push", "uuid": unit.uuid})
 
         await trio.to_thread.run_sync(push, abandon_on_cancel=True, limiter=self._limit)

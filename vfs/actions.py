@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from vfs import policy
 from vfs.core import Core, Home, manifest_key
-from vfs.errors import ManifestError, NotFound, Refused, RunfsError, StoreError, UsageError
+from vfs.errors import ManifestError, NotFound, Refused, RunfsError, StoreError, UsageError, in_words
 from vfs.hydrate import read_back
 from vfs.manifest import Manifest, parse
 from vfs.units import Unit
@@ -103,7 +103,7 @@ def evict_candidates(
 
 
 def _reason(unit: Unit, error: BaseException) -> str:
-    text = str(error)
+    text = in_words(error)
     for prefix in (f"{unit.uuid}: not evicted: ", f"{unit.uuid}: "):
         text = text.removeprefix(prefix)
     return text
@@ -172,6 +172,7 @@ def hydrate(session: "Session", args: dict[str, Any], progress: "Progress") -> d
     def one(unit: Unit) -> None:
         try:
             if not unit.evicted and not session.evictor.reclaim(unit):
+                os.close(unit.open_base())  # it is here, or it is gone and no store has it
                 return
             if args.get("dry_run"):
                 size = missing_bytes(session.core, unit)

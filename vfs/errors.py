@@ -30,6 +30,15 @@ Each message is a sentence a user can act on, without credentials in it.
 """
 
 import errno
+import os
+
+
+def in_words(error: BaseException) -> str:
+    """An error as people read it: what the system says comes without Python's `[Errno n]`."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    where = f": {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else ""
+    return error.strerror + where
 
 
 class RunfsError(Exception):

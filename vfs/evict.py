@@ -492,9 +492,16 @@ class Evictor:
 
     def reclaim(self, unit: Unit) -> bool:
         """Take a record up again whose directory is gone, or is a link of ours nobody remembers (the journal was lost):
-        from the first home that has its manifest. False when it is here, or no home has it. Raises StoreError."""
+        from the first home that has its manifest. False when it is here, or no home has it. Raises StoreError; Refused
+        when the storage around it is gone too: a disk that is not mounted, or a project that moved."""
         if unit.state is not State.RESIDENT or is_directory(unit.directory):
             return False
+        storage = os.path.dirname(os.path.dirname(unit.directory))
+        if not is_directory(storage):
+            raise Refused(
+                f"{unit.uuid}: all of {os.fsdecode(storage)} is gone: mount its disk, or if the project was moved: "
+                "runfs reindex"
+            )
         for home in self._core.homes:
             try:
                 with home.watched():
@@ -502,7 +509,8 @@ class Evictor:
                     version = home.store().stat(manifest_key(unit.uuid)).version or ""
             except NotFound:
                 continue
-            self.adopt(parse(body, unit.uuid), home, version, body, unit.directory)
+            found = replace(parse(body, unit.uuid), rows=self._pusher.rows(unit))  # ours, not the store's word
+            self.adopt(found, home, version, body, unit.directory)
             log.warning("%s: its directory was gone; it is evicted now, its bytes are in %s", unit.uuid, home.name)
             return True
         return False

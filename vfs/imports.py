@@ -8,9 +8,11 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from vfs.claims import is_place_of, links_below, own_rows, place_in
 from vfs.core import Core, Home
 from vfs.errors import DamagedRecord, ManifestError, Refused, RunfsError, StoreError, UsageError
 from vfs.evict import is_directory
@@ -53,7 +55,7 @@ def reindex(session: "Session", args: dict[str, Any], progress: "Progress") -> d
         found = [path for directory in directories for path in _record_directories(directory)]
         return {"ingested": len(found), "restored_rows": 0, "damaged": damaged, "exit": int(bool(damaged))}
     done = core.index.reindex(directories)
-    ingested += len(done.ingested)
+    ingested += len(done.ingested) + _take_links_up(session, directories, damaged)
     damaged += [{"path": path, "reason": reason} for path, reason in done.damaged]
     restored = len(put_rows_back(core))
     for url in (source for source in sources if "://" in source):
@@ -86,6 +88,8 @@ def manifests_in(home: Home, damaged: list[dict[str, Any]]) -> Iterator[tuple[Ma
         if len(parts) != 3 or parts[2] != "manifest.json":
             continue
         try:
+            if not is_safe_uuid(parts[1]):
+                raise ManifestError(f"{parts[1]!r:.100} is no uuid")
             body = home.store().read(stat.key)
             yield parse(body, parts[1]), home.store().stat(stat.key).version or "", body
         except (StoreError, ManifestError) as error:
@@ -99,10 +103,12 @@ def _reindex_store(session: "Session", url: str, damaged: list[dict[str, Any]], 
         raise UsageError(f"{url} is not one of this index's stores; add it with --store or in the configuration")
     count = 0
     for manifest, version, body in manifests_in(home, damaged):
-        count += len(session.core.index.put_back({**row} for row in manifest.rows))
+        place = _place_for(session, manifest)
+        believed = replace(manifest, rows=tuple(own_rows(manifest.rows, manifest.uuid, place)))
+        count += len(session.core.index.put_back({**row} for row in believed.rows))
         if not _is_here(session, manifest.uuid):
-            directory = _place_for(session, manifest)
-            session.evictor.adopt(manifest, home, version, body, directory)
+            session.core.index.move(believed.rows)
+            session.evictor.adopt(believed, home, version, body, place)
         progress({"what": "reindex", "uuid": manifest.uuid, "done": count})
     return count
 
@@ -116,11 +122,40 @@ def _is_here(session: "Session", uuid: str) -> bool:
 
 
 def _place_for(session: "Session", manifest: Manifest) -> bytes:
+    """Where a record of a store has its directory: where the index says, else where its row says, if that is in this
+    project or the record is there already."""
     record = session.core.index.get(manifest.uuid)
-    directory = record.directory if record else None
-    if directory is not None and os.path.isdir(os.path.dirname(os.path.dirname(directory))):
-        return directory
-    return os.fsencode(session.settings.project_dir / "storage" / manifest.uuid)
+    project = os.fsencode(session.settings.project_dir)
+    told = (place_in(row) for row in manifest.rows if row.get("record_id") == manifest.uuid)
+    directory = record.directory if record is not None else next(told, None)
+    if directory is not None and is_directory(os.path.dirname(os.path.dirname(directory))):
+        inside = directory.startswith(project + b"/") and b"/." not in directory[len(project) :]
+        if record is not None or inside or is_place_of(directory, manifest.uuid):
+            return directory
+    return os.path.join(project, b"storage", manifest.uuid.encode())
+
+
+def _take_links_up(session: "Session", directories: Iterable[str], damaged: list[dict[str, Any]]) -> int:
+    """Records that were evicted, and whose project was moved since: their links tell where they belong now, and a home
+    has their bytes."""
+    core = session.core
+    moved = {}
+    for directory in directories:
+        for path, uuid in links_below(os.path.abspath(os.fsencode(directory))):
+            record = core.index.get(uuid)
+            if record is None or record.directory in (None, path) or core.journal.unit(uuid) is not None:
+                continue
+            if not os.path.lexists(record.directory or b""):
+                uuids = [uuid, *(nested.uuid for nested in core.index.nested(uuid))]
+                core.index.move(own_rows(core.index.rows(uuids), uuid, path))
+                moved[uuid] = path
+    core.units.look_again()
+    for uuid, path in moved.items():
+        try:
+            session.evictor.reclaim(core.units.get(uuid))
+        except RunfsError as error:
+            damaged.append({"path": os.fsdecode(path), "reason": str(error)})
+    return len(moved)
 
 
 # --- import ----------------------------------------------------------------------------------------------------
@@ -261,11 +296,13 @@ def _bring_plain(home: Home, stat: Stat, root: bytes, key: str) -> None:
 
 def _take_over(session: "Session", home: Home, known: bool, manifest: Manifest, version: str, body: bytes) -> None:
     core = session.core
+    place = _place_for(session, manifest)
+    manifest = replace(manifest, rows=tuple(own_rows(manifest.rows, manifest.uuid, place)))
     core.index.put_back({**row} for row in manifest.rows)
     if not known:
         core.homes.append(home)
     try:
-        unit = session.evictor.adopt(manifest, home, version, body, _place_for(session, manifest))
+        unit = session.evictor.adopt(manifest, home, version, body, place)
         if not known:  # its bytes must come along: this store will not be asked again
             session.evictor.restore(unit)
             core.journal.forget_home(manifest.uuid, home.name)

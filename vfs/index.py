@@ -17,7 +17,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -321,6 +321,13 @@ class Index:
         schema needs is logged and left out. Raises IndexLocked and its kin.
         """
         return index_rows.put_back(self._slow, rows, _BATCH)
+
+    def move(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write where these records are (`storage_uri` and `local_uri` of each row); nothing else of a row changes."""
+        with self._slow.transaction():
+            for row in rows:
+                values = [row["storage_uri"], row.get("local_uri"), row["record_id"]]
+                self._slow.query('UPDATE "index" SET storage_uri = ?, local_uri = ? WHERE record_id = ?', values)
 
     def problems(self) -> Iterator[str]:
         """Sentences about rows that are not as they should be, and about the file if SQLite finds it damaged. Scans."""

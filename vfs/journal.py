@@ -20,7 +20,7 @@ from typing import Any
 
 import apsw
 
-from vfs.errors import JournalError, JournalLocked
+from vfs.errors import Full, JournalError, JournalLocked
 from vfs.manifest import Content, File
 
 # Numbered migrations: the schema at version n is the first n scripts. Never edit one that was released.
@@ -221,7 +221,7 @@ class Journal:
                 with self._db:
                     yield self._db
             except apsw.FullError as error:
-                raise JournalError(f"no space for the journal in {self.directory}; free some") from error
+                raise Full(f"no space for the journal in {self.directory}; free some") from error
             except apsw.Error as error:
                 raise JournalError(f"the journal in {self.directory} failed: {error}") from error
 

@@ -15,8 +15,9 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -95,6 +96,7 @@ class Pusher:
         with unit.moving:
             outcome = Outcome(unit.uuid)
             sequence = self._core.sequence(unit)
+            os.close(unit.open_base())  # a record that is gone is told so
             found = self.scan(unit)
             faults.point("push.scanned")
             outcome.unsettled = found.unsettled
@@ -123,9 +125,10 @@ class Pusher:
         if kept is not None:
             before = json.loads(kept.rows)
             rows = {row["record_id"]: row for row in before} | rows
-            if list(rows.values()) != before:
-                self._core.journal.keep_rows(unit.uuid, json.dumps(list(rows.values())))
-        return tuple(rows.values())
+            after = [rows[uuid] for uuid in sorted(rows)]
+            if after != before:
+                self._core.journal.keep_rows(unit.uuid, json.dumps(after))
+        return tuple(rows[uuid] for uuid in sorted(rows))
 
     def _push_to(self, unit: Unit, home: Home, found: Scan, rows: tuple[Mapping[str, Any], ...]) -> Pushed:
         began = time.monotonic()
@@ -134,9 +137,12 @@ class Pusher:
         previous = parse(row.manifest, unit.uuid) if row else self._theirs(unit, home)
         contents = {**journal.contents_of(unit.uuid), **found.contents}
         have = journal.replicas_of(unit.uuid, home.name)
-        uploads = Uploads(self._core, unit, home, contents, _plain_taken(previous))
-        lacking = {known.file.digest: known for known in found.known if known.file.kind == "file"}
-        todo = [known for digest, known in lacking.items() if digest not in have]
+        lacking: dict[bytes, list[Known]] = {}
+        for known in found.known:
+            if known.file.kind == "file" and known.file.digest not in have:
+                lacking.setdefault(known.file.digest, []).append(known)
+        uploads = Uploads(self._core, unit, home, contents, _plain_taken(previous), lacking)
+        todo = [same[0] for same in lacking.values()]
         if unit.evicted:
             self._make_whole(unit, todo)
         have |= self._upload(uploads, todo)
@@ -274,7 +280,8 @@ def _proof_of(stat: Stat) -> tuple[int, str]:
 
 def rows_digest(rows: Iterable[Mapping[str, Any]]) -> str:
     """A short mark of index rows, to see whether they changed since they were published."""
-    return blake3(json.dumps(list(rows), sort_keys=True).encode()).hexdigest(16)
+    ordered = sorted(rows, key=lambda row: str(row["record_id"]))
+    return blake3(json.dumps(ordered, sort_keys=True).encode()).hexdigest(16)
 
 
 def _plain_taken(previous: Manifest | None) -> frozenset[str]:
@@ -295,6 +302,7 @@ class Uploads:
     home: Home
     contents: Mapping[bytes, Content]
     taken: frozenset[str]
+    lacking: Mapping[bytes, Sequence[Known]]  # by digest: every path with this content
 
     def small(self, known: Known) -> Replica:
         """Upload up to `SMALL` bytes in one request. Proven at once where the store keeps an md5."""
@@ -366,13 +374,28 @@ class Uploads:
                     read_back(self.home, replica, content)
                 except (WrongBytes, NotFound):
                     continue
+                self._place_others(file, key)
                 return replica
             faults.point("push.uploaded")
+            self._place_others(file, key)
             return Replica(file.digest, self.home.name, uuid, key, proven, how)
         # Its name is the digest of other bytes, so it is of no use to anybody: the one object that is replaced.
         log.warning("%s holds wrong bytes under %s; they are replaced", self.home.name, key)
         proven, how = write(key, False)
         return Replica(file.digest, self.home.name, uuid, key, proven, how)
+
+    def _place_others(self, file: File, source: str) -> None:
+        """The plain objects of other paths with the same content: any tool finds all of a record by its names."""
+        store = self.home.store()
+        for known in self.lacking[file.digest][1:]:
+            key = plain_key(self.unit.uuid, known.file.path)
+            if key in self.taken or self._exists(key):
+                continue
+            with suppress(Conflict), self.home.watched():
+                if store.info().server_copy:
+                    store.copy(source, key, if_absent=store.info().conditional_write)
+                elif file.size <= SMALL and blake3(data := self._read_all(file)).digest() == file.digest:
+                    store.write(key, data, if_absent=store.info().conditional_write)
 
     def _exists(self, key: str) -> bool:
         try:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vfs import cache, policy, shadow
 from vfs.core import Core
-from vfs.errors import RunfsError, UnknownRecord
+from vfs.errors import RunfsError, UnknownRecord, in_words
 from vfs.format import run_status
 from vfs.index import Record
 from vfs.push import rows_digest
@@ -147,7 +147,7 @@ def _error_of(core: Core, unit: Unit) -> str | None:
 def locate(session: "Session", path: str) -> tuple[Unit, bytes]:
     """The unit and the path in it that a uuid, a path in the mount or a path in a working directory means."""
     core = session.core
-    if "/" not in path and core.index.get(path) is not None:
+    if "/" not in path:
         return core.units.place(path)
     absolute = os.path.abspath(path)
     mountpoint = str(session.settings.mountpoint or core.journal.note("mountpoint") or "")
@@ -355,7 +355,7 @@ def safe(session: "Session", args: dict[str, Any], progress: "Progress") -> dict
 
 
 def _why(error: BaseException) -> str:
-    return str(error) if isinstance(error, RunfsError) else f"its directory cannot be read: {error}"
+    return str(error) if isinstance(error, RunfsError) else f"its directory cannot be read: {in_words(error)}"
 
 
 def _unsafe_reason(core: Core, unit: Unit, files: int) -> str:

@@ -20,6 +20,7 @@ from vfs.index import Index
 from vfs.journal import Journal
 from vfs.push import Pusher
 from vfs.settings import Settings
+from vfs.stores import validate
 from vfs.units import point
 
 log = logging.getLogger(__name__)
@@ -52,8 +53,11 @@ class Session:
     def open(cls, settings: Settings, *, role: str = "command") -> "Session":
         """Open an index and runfs's state of it, and finish what a crash interrupted.
 
-        Raises IndexUnavailable, JournalLocked (another process serves this index), JournalError.
+        Raises ConfigError for a store that cannot be (a mount with it would only fail later; nothing is asked yet),
+        IndexUnavailable, JournalLocked (another process serves this index), JournalError.
         """
+        for store in settings.stores if role == "daemon" else ():
+            validate(store.url, store.name, store.options)
         index = Index.open(settings.index, create=settings.create_index)
         try:
             journal = Journal(settings.state)

@@ -159,6 +159,20 @@ class Units:
         with self._lock:
             return list(self._known.values())
 
+    def look_again(self) -> None:
+        """The index may say of resident records that they are somewhere else now: those in use go there."""
+        for unit in self.live():
+            if unit.state is not State.RESIDENT or unit.incoming or self._journal.unit(unit.uuid) is not None:
+                continue
+            record = self._index.get(unit.uuid)
+            if record is None or record.directory in (None, unit.directory):
+                continue
+            with self._lock:
+                unit.directory = record.directory or unit.directory
+                unit.epoch += 1
+            for tell in self.moved:
+                tell(unit)
+
     def place(self, uuid: str) -> tuple[Unit, bytes]:
         """The unit that holds a record and the record's path in it (b"" for the root record itself)."""
         root = self._index.root_of(uuid)

@@ -8,15 +8,14 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.mounted.records import Record, Shared, ask, evict, tree, until
-from tests.mounted.trouble import fill_up, lines, resize, sentence, small_disk, start_fails
+from tests.mounted.records import Shared, evict, tree, until
+from tests.mounted.trouble import fill_up, lines, sentence, small_disk, start_fails
 from tests.mounting import Mounted
 from tests.mounts import is_fuse_mount
 from tests.projects import Project
@@ -40,9 +39,9 @@ def test_unknown_uuid(shared: Shared, command: str) -> None:
 
 
 def test_unknown_uuid_to_status_and_receipts(shared: Shared) -> None:
-    (line, *_more) = lines(shared.mounted.runfs("status", "nosuchrecord"), 1)
-    assert "nosuchrecord" in line
-    assert "in no record of this index" in line
+    said = "\n".join(lines(shared.mounted.runfs("status", "nosuchrecord"), 1))
+    assert said.startswith("nosuchrecord  unknown")
+    assert "the index has no record nosuchrecord; `runfs ls` shows those it has" in said
     assert lines(shared.mounted.runfs("receipts", "nosuchrecord"), 0) == ["no receipts"]
 
 
@@ -208,7 +207,7 @@ class TestMountpoint:
         said = start_fails(Mounted(one, tmp_path / "second"))
         assert f"process {mounted.pid}" in said
         assert str(mounted.path) in said
-        assert os.listdir(mounted.path) == one.runs
+        assert set(one.runs) <= set(os.listdir(mounted.path))
 
     def test_it_would_hide_the_records(self, project: Project) -> None:
         hidden = Mounted(project, project.path)
@@ -216,7 +215,7 @@ class TestMountpoint:
         assert "is not empty" in said or "holds the index" in said
 
     def test_it_is_stale_after_a_kill(self, make_project: Make, tmp_path: Path) -> None:
-        """What was acknowledged is there again, what was evicted is still evicted, and the dead mount is no obstacle."""
+        """What was acknowledged is there again, what was evicted is still evicted, and the dead mount no obstacle."""
         project = make_project(runs=2, size=300_000, report=False)
         away, written = project.runs
         mounted = Mounted(
@@ -240,7 +239,7 @@ class TestMountpoint:
             assert (mounted.path / away / "weights.npy").read_bytes() == content
             assert (mounted.path / written / "new.txt").read_text() == "acknowledged"
             (line, *_more) = lines(mounted.runfs("safe", written), 1)
-            assert line.startswith("not yet: 1")
+            assert line.startswith("not yet: ")
 
 
 # --- a project that moved -----------------------------------------------------------------------------------------
@@ -334,7 +333,7 @@ class TestFullDisk:
         content = (mounted.path / one / "weights.npy").read_bytes()
         evict(mounted, one)
         fill_up(disk)
-        with pytest.raises(OSError, match=".") as caught:
+        with pytest.raises(OSError, match=r".") as caught:
             (mounted.path / one / "weights.npy").read_bytes()
         assert caught.value.errno in (errno.ENOSPC, errno.EIO)
         assert (mounted.path / one / "metrics.json").read_bytes()  # it was kept

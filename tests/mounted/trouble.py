@@ -13,6 +13,8 @@ import pytest
 
 from tests.conftest import in_ci
 from tests.mounting import Mounted
+from tests.projects import Project
+from vfs.index import Index
 
 
 @contextlib.contextmanager
@@ -33,6 +35,13 @@ def small_disk(path: Path, size: str) -> Iterator[Path]:
 def resize(disk: Path, size: str) -> None:
     """Give a small disk another size."""
     subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
+
+
+def empty_project(path: Path) -> Project:
+    """A project on which nothing ran yet."""
+    (path / "storage").mkdir(parents=True)
+    Index.open(path / ".machinable.sqlite", create=True).close()
+    return Project(path, [])
 
 
 def fill_up(disk: Path, name: str = "filler") -> Path:
