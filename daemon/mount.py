@@ -44,7 +44,6 @@ def serve(settings: Settings, *, ready: Callable[[dict[str, Any]], None]) -> int
     """
     if settings.mountpoint is None:
         raise MountpointError("where? Name a mountpoint: runfs mount MOUNTPOINT")
-    os.umask(0)
     with closing(Session.open(settings, role="daemon")) as session:
         return trio.run(Mount(session).run, ready, strict_exception_groups=True)
 

@@ -90,6 +90,8 @@ class Transfers:
                 landed.set()
 
         try:
+            if (before := needs.partial.failed_just_now(needs.numbers)) is not None:
+                raise before
             for number in needs.numbers:
                 left += needs.partial.when_here(number, land)
             self._hydrator.request(needs.partial, needs.numbers, needs.uuid, needs.path)
@@ -119,7 +121,9 @@ class Transfers:
         finally:
             del self._waiting[id(landed)]
         if scope.cancelled_caught:
-            raise StoreTimeout(f"{entry['path']} of {needs.uuid}: its bytes did not come within {seconds:.0f} s")
+            error = StoreTimeout(f"{entry['path']} of {needs.uuid}: its bytes did not come within {seconds:.0f} s")
+            needs.partial.note_failed(needs.numbers, error)
+            raise error
 
     async def pread(self, handle: Handle, offset: int, size: int) -> bytes | bytearray | memoryview:
         """Read local bytes: at once when they are in the page cache, in a worker thread otherwise (that costs more)."""

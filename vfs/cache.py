@@ -19,6 +19,7 @@ import os
 import stat
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -31,6 +32,7 @@ _HEAD = struct.Struct("<4s32sQB")
 _RUN = struct.Struct("<II")
 # ext4 keeps attributes of an inode in one block; beyond that the shortest runs are forgotten (and brought again).
 _MAX_RUNS = 400
+_ASKED_AGAIN_S = 1.0  # the kernel asks at once; a program or a person that tries again later gets a new try
 
 
 class CacheError(RunfsError):
@@ -148,7 +150,7 @@ def drop(fd: int, digest: bytes, size: int) -> int:
     write_header(fd, Header(digest, size))
     os.fsync(fd)
     faults.point("cache.drop.marked")
-    linux.punch(fd, 0, size)
+    linux.punch(fd, 0, (size // CHUNK + 1) * CHUNK)  # beyond the end, or the block that holds it would stay
     faults.point("cache.drop.punched")
     os.utime(fd, ns=(before.st_atime_ns, before.st_mtime_ns))
     return (before.st_blocks - os.fstat(fd).st_blocks) * 512
@@ -169,7 +171,7 @@ class Partial:
         self.changed = header.changed
         self.users = 0
         self.flying: dict[int, object] = {}
-        self.error: RunfsError | None = None
+        self.failed: dict[int, tuple[float, RunfsError]] = {}  # when and why a chunk could not be brought
         self.lock = threading.RLock()
         self._waiting: dict[int, list[Callable[[RunfsError | None], None]]] = {}
         self._here = bytearray(chunk_count(header.size))
@@ -229,12 +231,31 @@ class Partial:
         """Wake who waits for these chunks, with an error if they could not be brought."""
         calls: list[Callable[[RunfsError | None], None]] = []
         with self.lock:
-            self.error = error
+            self.note_failed(numbers, error)
             for number in numbers:
                 self.flying.pop(number, None)
                 calls += self._waiting.pop(number, ())
         for call in calls:
             call(error)
+
+    def note_failed(self, numbers: Iterable[int], error: RunfsError | None) -> None:
+        """Remember why chunks did not come; with None, that they came."""
+        with self.lock:
+            for number in numbers:
+                if error is None:
+                    self.failed.pop(number, None)
+                else:
+                    self.failed[number] = (time.monotonic(), error)
+
+    def failed_just_now(self, numbers: Iterable[int]) -> RunfsError | None:
+        """Why one of these chunks failed to come a moment ago. The kernel asks again for a page it was refused: that
+        question must not wait for another deadline."""
+        with self.lock:
+            for number in numbers:
+                at, error = self.failed.get(number, (0.0, None))
+                if error is not None and time.monotonic() - at < _ASKED_AGAIN_S:
+                    return error
+        return None
 
     def when_here(self, number: int, call: Callable[[RunfsError | None], None]) -> bool:
         """Have `call(error)` called once when the chunk's flight ends; False when it is here already."""

@@ -27,6 +27,7 @@ from vfs.units import Unit, Units
 log = logging.getLogger(__name__)
 
 _CONTENTS_KEPT = 256  # digests of recently read files; a 10 GiB file's are 320 kB
+_TROUBLES_KEPT = 1000  # files that could not be read, with the reason
 _HEALTH_S = 30.0  # how long a store that failed is asked last
 
 
@@ -139,6 +140,7 @@ class Core:
         self.moves = Moves()
         self.commit: Callable[[Callable[[], None]], None] = lambda call: call()
         self.content_changed: list[Callable[[Unit], None]] = []
+        self._troubles: OrderedDict[tuple[str, bytes], tuple[str, set[int]]] = OrderedDict()
         self._partials: dict[tuple[int, int], cache.Partial] = {}
         self._contents: OrderedDict[bytes, Content] = OrderedDict()
         self._held: OrderedDict[tuple[int, int], Held] = OrderedDict()
@@ -191,6 +193,21 @@ class Core:
             else:
                 self._contents.move_to_end(digest)
             return found
+
+    def note_trouble(self, uuid: str, path: bytes, numbers: list[int], text: str | None) -> None:
+        """Remember why chunks of a file could last not be read, for `status PATH`; None: these could."""
+        with self._lock:
+            before, chunks = self._troubles.pop((uuid, path), ("", set()))
+            chunks = chunks | set(numbers) if text is not None else chunks - set(numbers)
+            if chunks:
+                self._troubles[uuid, path] = (text or before, chunks)
+                while len(self._troubles) > _TROUBLES_KEPT:
+                    self._troubles.popitem(last=False)
+
+    def trouble(self, uuid: str, path: bytes) -> str | None:
+        with self._lock:
+            found = self._troubles.get((uuid, path))
+            return found[0] if found else None
 
     # --- files in use ------------------------------------------------------------------------------------------
 

@@ -44,6 +44,7 @@ from vfs.scan import open_file, walk
 from vfs.units import Unit, link_of, set_aside_name
 
 log = logging.getLogger(__name__)
+_PATH_MAX = 4096  # bytes of a path in a system call, with the NUL at its end
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +203,7 @@ class Evictor:
             sequence = self._core.sequence(unit)
             self._finish_discard(unit)
             known = self._settled(unit)
+            _check_lengths(unit, known)
             proof = self.prove(unit, known)
             faults.point("evict.proven")
             if self.live(unit):  # told by markers that are in `known`: what changes them from here on is noticed
@@ -248,12 +250,12 @@ class Evictor:
     ) -> int:
         before = shadow.used_bytes(unit.directory)
         place = unit.shadow
-        kept = shadow.build(place, known, self._keeps, unit.directory)
+        kept = shadow.build(place, known, self._keeps, unit.directory, leases.descriptors())
         aside = set_aside_name(unit)
         row = self._row(unit, State.EVICTING, aside, known)
         faults.point("evict.built")
         try:
-            self._sync(place)
+            self._sync(place, leases, kept)
             quietly_remove(aside)
             os.symlink(link_of(unit.directory, self._core.link, unit.uuid), aside)
             linux.sync_directory(os.path.dirname(aside))
@@ -273,12 +275,13 @@ class Evictor:
             self._core.journal.set_unit(self._row(unit, State.EVICTED, b"", known))
         return freed
 
-    def _sync(self, place: bytes) -> None:
-        fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            linux.sync_filesystem(fd)
-        finally:
-            os.close(fd)
+    def _sync(self, place: bytes, leases: Leases, kept: Mapping[bytes, int]) -> None:
+        """Make the shadow durable. What is linked into it is under our lease: opening it again would break that."""
+        held = leases.descriptors()
+        linked = {path for path, inode in kept.items() if path in held and os.fstat(held[path]).st_ino == inode}
+        for path in linked:
+            os.fsync(held[path])
+        shadow.sync(place, linked)
 
     def _switch(
         self,
@@ -400,7 +403,7 @@ class Evictor:
             try:
                 os.makedirs(os.path.dirname(aside), exist_ok=True)
                 shadow.copy_whole(unit.shadow, aside, found.files)
-                self._sync(aside)
+                shadow.sync(aside)
                 faults.point("restore.copied")
                 self._core.commit(lambda: self._switch_back(unit, aside, sequence))
             except BaseException:
@@ -546,6 +549,17 @@ def is_directory(path: bytes) -> bool:
         return stat.S_ISDIR(os.lstat(path).st_mode)
     except OSError:
         return False
+
+
+def _check_lengths(unit: Unit, known: Mapping[bytes, Known]) -> None:
+    """Every path can be named where it is and where it goes. Raises Refused."""
+    longest = max(map(len, known), default=0)
+    before = max(map(len, (unit.directory, unit.shadow, set_aside_name(unit))))
+    if before + 1 + longest >= _PATH_MAX:
+        raise Refused(
+            f"{unit.uuid}: not evicted: a path in it is {longest:,} bytes long, too long for this system with the "
+            "cache's directory before it; give its directories shorter names"
+        )
 
 
 def _refuse_occupied(unit: Unit) -> None:

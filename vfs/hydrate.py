@@ -80,6 +80,8 @@ class Hydrator:
             error = NoReplica(f"{os.fsdecode(path)} of {uuid}: {problem!r}")
             log.exception("a flight ended unexpectedly")
         finally:
+            if path:
+                self._core.note_trouble(uuid, path, numbers, str(error) if error else None)
             partial.arrived(numbers, error)
             with partial.lock:
                 left[0] -= 1
@@ -101,6 +103,7 @@ class Hydrator:
                 data = self._read(home, replica, content, offset, length, uuid, path)
             except RunfsError as error:
                 said.append(f"{replica.store}: {error}")
+                log.warning("%r of %s: %s: %s", path, uuid, replica.store, error)
                 continue
             view = memoryview(data)
             for number in numbers:

@@ -302,7 +302,11 @@ class Index:
         return [] if edge is None else to_records(select(self._slow, tail, [updated_at_ns, edge]))
 
     def marks(self, after: str = "", limit: int = 10000) -> list[tuple[str, int]]:
-        """(uuid, updated_at_ns) of all records after a uuid, in uuid order; hidden ones too, no Projects."""
+        """(uuid, mark) of all records after a uuid, in uuid order; hidden ones too, no Projects.
+
+        A mark is another number when `updated_at_ns`, `hidden` or `private_json` is another: the last two are what a
+        person notes of a record, and change without the first. Without them it is `updated_at_ns` itself.
+        """
         return index_rows.marks(self._slow, after, limit)
 
     # ------------------------------------------------------------------------------------------ keep and restore

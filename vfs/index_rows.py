@@ -7,6 +7,7 @@ and, when it writes, for other processes up to the busy timeout.
 import base64
 import json
 import logging
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, TypeVar
@@ -164,15 +165,18 @@ def marks(database: Database, after: str, limit: int) -> list[tuple[str, int]]:
     found: list[tuple[str, int]] = []
     cursor = raw(after)
     sql = (
-        "SELECT CAST(record_id AS BLOB), updated_at_ns FROM \"index\" WHERE typeof(record_id) = 'text' "
+        "SELECT CAST(record_id AS BLOB), updated_at_ns, "
+        "CASE WHEN hidden = 0 AND private_json = '{}' THEN NULL ELSE hidden || CAST(private_json AS BLOB) END "
+        "FROM \"index\" WHERE typeof(record_id) = 'text' "
         "AND record_id > CAST(? AS TEXT) AND kind != 'Project' ORDER BY record_id LIMIT ?"
     )
     while len(found) < limit:
         some = database.query(sql, [cursor, limit])
-        for uuid, when in some:
+        for uuid, when, overlay in some:
             name = text(uuid)
             if name is not None and is_safe_uuid(name):
-                found.append((name, when if isinstance(when, int) else 0))
+                mark = when if isinstance(when, int) else 0
+                found.append((name, mark if overlay is None else mark ^ zlib.crc32(_bytes(overlay))))
         if len(some) < limit:
             break
         last = some[-1][0]
@@ -250,3 +254,7 @@ def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
+
+
+def _bytes(value: Value) -> bytes:
+    return value if isinstance(value, bytes) else str(value).encode("utf-8", "surrogatepass")

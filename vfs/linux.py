@@ -1,14 +1,16 @@
 """Linux system calls that Python's os module lacks. Used throughout `vfs`; every call here may block as the
 file system it touches does, none touches a network by itself.
 
-Sources: renameat2(2), openat2(2), syncfs(2), fcntl(2) "Leases", fallocate(2).
+Sources: renameat2(2), openat2(2), fcntl(2) "Leases", fallocate(2).
 """
 
 import ctypes
 import errno
 import fcntl
+import functools
 import os
 import signal
+import stat
 import struct
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -67,11 +69,6 @@ def open_beneath(root: int, path: bytes, flags: int, mode: int = 0) -> int:
         ),
         path,
     )
-
-
-def sync_filesystem(fd: int) -> None:
-    """syncfs(2): everything written to the file system that holds `fd` is on the disk when this returns."""
-    _check(_libc.syncfs(fd))
 
 
 def punch(fd: int, offset: int, length: int) -> None:
@@ -149,6 +146,25 @@ def _has_open(pid: str, device: int, inode: int) -> bool:
         if (held.st_dev, held.st_ino) == (device, inode):
             return True
     return False
+
+
+@functools.cache
+def _umask() -> int:
+    """This process's umask, which nobody changes while it runs: os.umask could only tell it by changing it."""
+    with open("/proc/self/status") as lines:
+        return next((int(line.split()[1], 8) for line in lines if line.startswith("Umask:")), 0o777)
+
+
+def give_mode(fd: int, name: bytes | None, mode: int) -> None:
+    """Give what was just made (`name` in the directory `fd`, or the open file `fd`) the bits of `mode` that our own
+    umask took: the kernel has applied that of the process that asked. What we make for ourselves keeps to ours."""
+    if not mode & _umask():
+        return
+    if name is None:
+        os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) | mode & 0o777)
+    else:
+        now = os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode
+        os.chmod(name, stat.S_IMODE(now) | mode & 0o777, dir_fd=fd)
 
 
 def data_bytes(fd: int) -> int:

@@ -21,6 +21,7 @@ class Names(Access):
         self._named(node)
         with self._directory(node) as fd:
             os.mkdir(name, mode & 0o7777, dir_fd=fd)
+            linux.give_mode(fd, name, mode)
             self._own(fd, name, caller)
             if mode & stat.S_ISVTX:
                 os.chmod(name, stat.S_IMODE(os.stat(name, dir_fd=fd).st_mode) | stat.S_ISVTX, dir_fd=fd)
@@ -39,6 +40,7 @@ class Names(Access):
         self._named(node)
         with self._directory(node) as fd:
             os.mknod(name, mode, rdev, dir_fd=fd)
+            linux.give_mode(fd, name, mode)
             self._own(fd, name, caller)
         return self._new(node, name)
 
@@ -130,6 +132,7 @@ class Names(Access):
         self.tree.incoming[name] = directory
         at = os.open(storage, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
+            linux.give_mode(at, name, mode)
             self._own(at, name, caller)
         finally:
             os.close(at)

@@ -111,6 +111,7 @@ class OpenFiles(Access):
             fd, made = self._create(at, name, mode, flags)
             try:
                 if made:
+                    linux.give_mode(fd, None, mode)
                     self._own(at, name, caller)
                 status = os.fstat(fd)
             except BaseException:

@@ -132,7 +132,7 @@ def _path_status(session: "Session", path: str) -> dict[str, Any]:
         "live": session.evictor.live(unit) is not None,
         "dirty": unit.dirty,
         "stays": [f"{stays.reason}; {stays.advice}"] if stays else [],
-        "error": _error_of(core, unit),
+        "error": core.trouble(unit.uuid, inside) or _error_of(core, unit),
     }
     try:
         return common | (_file_status(core, unit, inside) if inside else _unit_status(core, unit))

@@ -1,19 +1,20 @@
 """The shadow directory of an evicted unit: a real tree of small files and placeholders. Used by evict, restore, merge.
 
-Local disk only. What is built is not synced file by file: the caller calls `linux.sync_filesystem` once.
+Local disk only. What is built is not synced: the caller calls `sync`.
 """
 
 import errno
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 
 from vfs import cache, linux
 from vfs.errors import Full
 from vfs.journal import Known
 from vfs.manifest import File
+from vfs.scan import kind_of
 
 
 def parent_of(root: bytes, path: bytes) -> tuple[int, bytes]:
@@ -52,6 +53,7 @@ def _make(directory: int, name: bytes, file: File) -> int | None:
         return None
     if file.kind == "other":
         os.mknod(name, file.mode | stat.S_IFIFO, dir_fd=directory)
+        linux.give_mode(directory, name, file.mode)
         return None
     fd = cache.make_placeholder(directory, name, file.digest, file.size, file.mode)
     for attribute, value in file.attributes:
@@ -68,11 +70,16 @@ def _own(directory: int, name: bytes, file: File) -> None:
 
 
 def build(
-    shadow: bytes, known: Mapping[bytes, Known], keep: Callable[[File], bool], source: bytes | None
+    shadow: bytes,
+    known: Mapping[bytes, Known],
+    keep: Callable[[File], bool],
+    source: bytes | None,
+    opened: Mapping[bytes, int] | None = None,
 ) -> dict[bytes, int]:
     """Make the shadow of a unit: files that `keep` says are taken from `source` (linked, or copied where it is another
     file system), all others become placeholders. Returns the inode of each kept file, by path.
 
+    `opened` are descriptors of files under a lease of ours: opening one of those again would wait for the lease.
     A shadow left by an earlier attempt is replaced. Raises Full, OSError.
     """
     remove(shadow)
@@ -85,7 +92,7 @@ def build(
             if file.same and file.same in known:
                 _link(shadow, file.same, shadow, path)
             elif source is not None and file.kind == "file" and keep(file):
-                kept[path] = _keep(source, shadow, path)
+                kept[path] = _keep(source, shadow, path, (opened or {}).get(path))
             elif source is not None and file.kind == "other":
                 _link(source, path, shadow, path)
             else:
@@ -113,13 +120,16 @@ def settle_directories(root: bytes, files: Iterable[File]) -> None:
             os.close(directory)
 
 
-def _keep(source: bytes, shadow: bytes, path: bytes) -> int:
+def _keep(source: bytes, shadow: bytes, path: bytes, opened: int | None = None) -> int:
     try:
         _link(source, path, shadow, path)
     except OSError as error:
         if error.errno not in (errno.EXDEV, errno.EMLINK, errno.EPERM):
             raise
-        copy_file(source, shadow, path)
+        if opened is None:
+            copy_file(source, shadow, path)
+        else:
+            _copy_opened(opened, shadow, path)
     directory, name = parent_of(shadow, path)
     try:
         return os.stat(name, dir_fd=directory, follow_symlinks=False).st_ino
@@ -152,6 +162,14 @@ def copy_file(source_root: bytes, target_root: bytes, path: bytes) -> None:
     finally:
         os.close(source_fd)
         os.close(target_fd)
+
+
+def _copy_opened(fd: int, root: bytes, path: bytes) -> None:
+    directory, name = parent_of(root, path)
+    try:
+        _copy_to(fd, name, directory)
+    finally:
+        os.close(directory)
 
 
 def copy_to(fd: int, target: bytes) -> None:
@@ -223,6 +241,25 @@ def remove(tree: bytes) -> None:
     """Remove a tree that may be gone. Follows no link."""
     if os.path.lexists(tree):
         shutil.rmtree(tree)
+
+
+def sync(tree: bytes, without: Collection[bytes] = ()) -> None:
+    """Make a tree durable, file by file: syncing the file system would wait for everything anybody has written to it.
+
+    `without`: paths the caller has synced. The first sync commits the names and attributes of all of them.
+    """
+    names = {os.path.join(tree, path) for path in without}
+    for directory, subdirectories, files in os.walk(tree):
+        for name in [*files, *subdirectories]:
+            path = os.path.join(directory, name)
+            if path not in names and (kind_of(os.lstat(path).st_mode) in ("file", "directory")):
+                fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+                try:
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+    for path in (tree, os.path.dirname(tree)):
+        linux.sync_directory(path)
 
 
 def used_bytes(tree: bytes) -> int:

@@ -5,6 +5,7 @@
 
 import json
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -71,13 +72,13 @@ def write_record(
 
 
 def contents(directory: str | bytes | Path) -> dict[bytes, bytes]:
-    """Every file below a directory, read as anybody reads it."""
+    """Every regular file below a directory, read as anybody reads it."""
     found = {}
     root = os.fsencode(directory)
     for top, _names, files in os.walk(root):
         for name in files:
             path = os.path.join(top, name)
-            if not os.path.islink(path):
+            if stat.S_ISREG(os.lstat(path).st_mode):
                 with open(path, "rb") as file:
                     found[os.path.relpath(path, root)] = file.read()
     return found

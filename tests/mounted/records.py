@@ -34,6 +34,7 @@ QUIET_LIMIT_S = 15.0
 STATES = ("resident", "evicted")
 
 Tree = dict[bytes, tuple[Any, ...]]
+_template: list[Project] = []
 
 
 def big_bytes() -> bytes:
@@ -130,16 +131,16 @@ def ask(mounted: Mounted, command: str, **args: Any) -> dict[str, Any]:
 def evict(mounted: Mounted, *uuids: str) -> None:
     """Evict records, as soon as nothing has them open any more (the kernel tells a close a moment later)."""
 
-    def gone() -> bool:
-        nonlocal answer
-        answer = ask(mounted, "evict", uuids=list(uuids))
-        return answer["exit"] == 0
+    answers: list[dict[str, Any]] = []
 
-    answer: dict[str, Any] = {}
+    def gone() -> bool:
+        answers.append(ask(mounted, "evict", uuids=list(uuids)))
+        return bool(answers[-1]["exit"] == 0)
+
     try:
         until(gone, f"{uuids} evicted", 5.0)
     except AssertionError:
-        raise Refused(f"not evicted: {answer}") from None
+        raise Refused(f"not evicted: {answers[-1]}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +191,9 @@ class Shared:
     def __init__(self, place: Path, records: int, options: tuple[str, ...] = ()) -> None:
         self.place = place
         self.store = place / "store"
-        self.project: Project = projects.create(place / "project", [{"size": 1000}], report=False)
+        if not _template:  # made once in a session: running even a small run takes a second
+            _template.append(projects.create(place / "template", [{"size": 1000}], report=False))
+        self.project: Project = projects.copy(_template[0], place / "project")
         self._free = clone(self.project, records)
         environment = {f"RUNFS_{name}_DIR": str(place / short) for name, short in PLACES}
         environment["XDG_CONFIG_HOME"] = str(place / "config")
@@ -198,7 +201,7 @@ class Shared:
             self.project, place / "mnt", stores=[self.store.as_uri()], options=options, environment=environment
         )
 
-    def take(self, state: str, make: Callable[[Path], None] = fill) -> Record:
+    def take(self, state: str, make: Callable[[Path], object] = fill) -> Record:
         """A record filled by `make`, resident or evicted, and its plain copy."""
         assert self._free, "this module needs more records: say so where its Shared is made"
         uuid = self._free.pop()

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import sqlite3
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -267,6 +268,29 @@ def test_project_that_moved_while_evicted(make_project: Make, tmp_path: Path) ->
         assert moved.directory(away).is_relative_to(moved.path)
         assert tree(moved.directory(away) / ".") == before[away]
     assert not project.path.exists()
+
+
+# --- modes --------------------------------------------------------------------------------------------------------
+
+
+def test_what_runfs_makes_for_itself_keeps_to_the_umask(make_project: Make, mount: Mount, tmp_path: Path) -> None:
+    """Nobody else may write into the store or an imported record; what a process makes in the mount has its modes."""
+    project = make_project(runs=1, size=300_000, report=False)
+    (one,) = project.runs
+    before = os.umask(0o022)
+    try:
+        mounted = mount(project, stores=[(tmp_path / "store").as_uri()])
+        os.umask(0)
+        (mounted.path / one / "ours").mkdir()
+        (mounted.path / one / "ours" / "file").touch()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((mounted.path / one / "ours").stat().st_mode) == 0o777
+    assert stat.S_IMODE((mounted.path / one / "ours" / "file").stat().st_mode) == 0o666
+    evict(mounted, one)
+    open_to_all = [path for path in (tmp_path / "store").rglob("*") if path.stat().st_mode & 0o022]
+    assert list((tmp_path / "store").rglob("*"))
+    assert open_to_all == []
 
 
 # --- disks that are full ------------------------------------------------------------------------------------------

@@ -45,7 +45,8 @@ class TestCopying:
         assert run(f"{command} ./ {tmp_path}/out/", record.path).stdout == ""
         run(f"{command} --exclude id.json {record.plain}/ {record.path}/inside/", tmp_path)
         assert run(f"{command} --exclude id.json {record.plain}/ {record.path}/inside/", tmp_path).stdout == ""
-        assert run(f"rsync -aH --out-format=%n --exclude id.json {record.plain}/ {record.path}/inside/", tmp_path).stdout == ""
+        by_time = command.replace("c ", " ")
+        assert run(f"{by_time} --exclude id.json {record.plain}/ {record.path}/inside/", tmp_path).stdout == ""
 
     def test_tar(self, record: Record, tmp_path: Path) -> None:
         """tar looks at each file before and after reading it: bytes that come back must not look like a change."""
@@ -69,7 +70,7 @@ class TestCopying:
 
 class TestLooking:
     def test_find_and_du(self, record: Record) -> None:
-        listed = r"find . -mindepth 1 -type f -printf '%P %m %s %T@ %n\n' -o -mindepth 1 -type l -printf '%P %l\n' | sort"
+        listed = r"find . -type f -printf '%P %m %s %T@ %n\n' -o -type l -printf '%P %l\n' | sort"
         record.both(listed)
         record.both("find . -type f -size +1M | sort; find . -newermt 2020-09-01 ! -newermt 2020-10-01")
         record.both("du --apparent-size -b big.bin sub/tool.sh; ls -la --time-style=full-iso big.bin sub/tool.sh link")
@@ -93,10 +94,10 @@ class TestLooking:
         for record in records:
             large = [path for path in record.plain.rglob("*") if path.is_file() and path.stat().st_size > KEEP_SMALL]
             assert len(large) >= 5
-            assert {record.local_bytes(str(path.relative_to(record.plain))) for path in large if not path.is_symlink()} == {0}
+            assert {record.local_bytes(str(path.relative_to(record.plain))) for path in large} == {0}
 
     def test_grep_everything(self, record: Record) -> None:
-        record.both("grep -rc o . | sort; grep -c needle log.txt; head -c 100 big.bin | md5sum; tail -c 100 big.bin | md5sum")
+        record.both("grep -rc o . | sort; grep -c needle log.txt; tail -c 100 big.bin | md5sum")
 
     def test_head_brings_one_chunk(self, evicted: Record) -> None:
         run("head -c 100 big.bin > /dev/null", evicted.path)
@@ -118,7 +119,8 @@ class TestWriting:
     def test_editors(self, record: Record) -> None:
         """sed -i and the like: a new file takes the old one's name."""
         record.both("sed -i s/quick/slow/ log.txt; sort -o small.txt small.txt; patch --version > /dev/null || true")
-        record.both("cp big.bin big.bin.new && mv big.bin.new big.bin; ln -sfn big.bin link; install -m 640 small.txt inst")
+        record.both("cp big.bin big.bin.new && mv big.bin.new big.bin; ln -sfn big.bin link")
+        record.both("install -m 640 small.txt installed")
         record.check()
 
     def test_git(self, record: Record, tmp_path: Path) -> None:
@@ -131,8 +133,9 @@ class TestWriting:
         }
         record.both("git init -q . && git add -A . && git commit -qm first && git rev-parse HEAD^{tree}", **environment)
         assert record.both("git status --porcelain", **environment).stdout == ""
-        record.both("echo more >> small.txt && git commit -qam second && git checkout -q HEAD~1 && git checkout -q -", **environment)
-        record.both("git gc -q && git fsck --no-dangling 2>&1 && git status --porcelain && git log --format=%s", **environment)
+        record.both("echo more >> small.txt && git commit -qam second", **environment)
+        record.both("git checkout -q HEAD~1 && git checkout -q -", **environment)
+        record.both("git gc -q && git fsck --no-dangling 2>&1 && git status --porcelain", **environment)
         run(f"git clone -q {record.path} {tmp_path}/clone", tmp_path, **environment)
         assert run("git log --format=%s", tmp_path / "clone", **environment).stdout == "second\nfirst\n"
         record.evict()

@@ -94,6 +94,8 @@ def _advice(code: str | None) -> str:
         return "check the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
     if code == "RequestTimeTooSkewed":
         return "this machine's clock is wrong: set it"
+    if code is None:  # an answer without a body, as to HEAD, does not say why
+        return "check the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) and what they may do"
     return "these credentials may not do that: ask for the right, or use others"
 
 
