@@ -216,8 +216,9 @@ class Partial:
         with self.lock:
             if number >= len(self._here) or self._here[number]:
                 return
-            view, offset = memoryview(data), number * CHUNK
-            before = os.fstat(self.fd)
+            before, offset = os.fstat(self.fd), number * CHUNK
+            # Never beyond the end: a file that was cut before a crash, and could not say so, stays cut.
+            view = memoryview(data)[: max(before.st_size - offset, 0)]
             while view:
                 written = os.pwrite(self.fd, view, offset)
                 view, offset = view[written:], offset + written

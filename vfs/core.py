@@ -137,6 +137,7 @@ class Core:
         settings.cache_place.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.units = Units(index, journal, settings.cache_place)
         self.homes = [Home(store, settings, journal) for store in settings.stores]
+        self.sources: list[Home] = []  # read from for a while (import); never pushed to
         self.moves = Moves()
         self.commit: Callable[[Callable[[], None]], None] = lambda call: call()
         self.content_changed: list[Callable[[Unit], None]] = []

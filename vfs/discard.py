@@ -18,7 +18,7 @@ from contextlib import suppress
 from vfs import cache, faults, linux, shadow
 from vfs.errors import DamagedRecord
 from vfs.journal import Known
-from vfs.scan import Seen, open_file, walk
+from vfs.scan import Seen, walk
 
 log = logging.getLogger(__name__)
 
@@ -56,20 +56,19 @@ class Discard:
 
     def _left_over(self) -> None:
         """A file that lost its name before a crash."""
-        with suppress(FileNotFoundError):
-            status = os.lstat(self._gone)
-            paths = [path for path, item in self._known.items() if item.inode == status.st_ino]
-            path = min(paths, default=b"recovered")
-            item = self._known.get(path)
-            fd = os.open(self._gone, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-            try:
-                untouched = item is not None and _free(fd) and Seen(path, os.fstat(fd)).matches(item, ctime=False)
-                if untouched:
-                    os.unlink(self._gone)
-                elif not self._rescue(self._gone, path):
-                    raise DamagedRecord(f"{os.fsdecode(self._gone)} is still being written to")
-            finally:
-                os.close(fd)
+        if not os.path.lexists(self._gone):
+            return
+        status = os.lstat(self._gone)
+        target = os.readlink(self._gone) if stat.S_ISLNK(status.st_mode) else b""
+        paths = [p for p, k in self._known.items() if (target == k.file.target if target else k.inode == status.st_ino)]
+        path = min(paths, default=b"recovered")
+        self._relinked.add(status.st_ino)
+        fd = self._hold(Seen(path, status), self._gone)
+        try:
+            if not self._unnamed(Seen(path, status, target), fd, self._gone):
+                raise DamagedRecord(f"{os.fsdecode(self._gone)} is still being written to")
+        finally:
+            self._let_go(fd)
 
     def _pass(self) -> bool:
         found = list(walk(self._aside))
@@ -97,46 +96,65 @@ class Discard:
         """Somebody made something in it just now; the shadow needs the directory too."""
         os.makedirs(os.path.join(self._place, path), exist_ok=True)
 
-    def _one(self, seen: Seen) -> None:
-        path, item = os.path.join(self._aside, seen.path), self._known.get(seen.path)
-        if _same_inode(self._place, seen.path, seen.status):
-            os.unlink(path)
-            self._relinked.add(seen.status.st_ino)
-        elif item is None or (seen.kind, seen.target) != (item.file.kind, item.file.target):
-            self._rescue(path, seen.path)
-        elif seen.kind != "file":
-            os.unlink(path)
-        elif self._untouched(seen, item):
-            self._drop(seen, item)
-        else:
-            self._rescue(path, seen.path)
-
-    def _untouched(self, seen: Seen, item: Known) -> bool:
-        return seen.matches(item, ctime=seen.status.st_ino not in self._relinked)
-
-    def _drop(self, seen: Seen, item: Known) -> None:
-        held = self._leased.get(seen.status.st_ino)
-        fd = held
-        path = os.path.join(self._aside, seen.path)
+    def _one(self, listed: Seen) -> None:
+        path = os.path.join(self._aside, listed.path)
+        fd = self._hold(listed, path)
         try:
-            if fd is None:
-                try:
-                    fd = open_file(self._aside, seen.path, os.O_RDONLY)
-                except BlockingIOError:
-                    fd = None
-            if fd is None or (held is None and not _free(fd)) or not self._untouched(_again(seen, fd), item):
-                self._rescue(path, seen.path)
-                return
-            os.rename(path, self._gone)
-            self._relinked.add(seen.status.st_ino)
+            os.rename(path, self._gone)  # another one may have taken the name since we looked: see what it is now
+            status = os.lstat(self._gone)
+            target = os.readlink(self._gone) if stat.S_ISLNK(status.st_mode) else b""
             faults.point("evict.unnamed")
-            if not linux.lease_wanted_for_writing(fd):
-                os.unlink(self._gone)
-            elif not self._rescue(self._gone, seen.path):
-                os.rename(self._gone, path)
+            if not self._unnamed(Seen(listed.path, status, target), fd, path):
+                self._put_back(path)
         finally:
-            if fd is not None and held is None:
-                os.close(fd)
+            self._let_go(fd)
+
+    def _hold(self, seen: Seen, path: bytes) -> int | None:
+        """A descriptor, under a write lease, of a file that is exactly what was proven; None of anything else."""
+        item = self._known.get(seen.path)
+        if item is None or seen.kind != "file" or item.file.kind != "file":
+            return None
+        fd = self._leased.get(seen.status.st_ino)
+        try:
+            held = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC) if fd is None else fd
+        except OSError:
+            return None
+        now = Seen(seen.path, os.fstat(held))
+        free = fd is not None or _free(held)
+        if free and now.matches(item, ctime=now.status.st_ino not in self._relinked):
+            return held
+        self._let_go(held)
+        return None
+
+    def _let_go(self, fd: int | None) -> None:
+        if fd is not None and fd not in self._leased.values():
+            os.close(fd)
+
+    def _unnamed(self, seen: Seen, fd: int | None, path: bytes) -> bool:
+        """What is at `gone` goes, or moves into the shadow; False when it must stay."""
+        item, inode = self._known.get(seen.path), seen.status.st_ino
+        self._relinked.add(inode)
+        if _same_inode(self._place, seen.path, seen.status):
+            proven = True  # it was kept: the shadow has it
+        elif item is None or (seen.kind, seen.target) != (item.file.kind, item.file.target):
+            proven = False
+        elif seen.kind == "file":
+            proven = fd is not None and os.fstat(fd).st_ino == inode and not linux.lease_wanted_for_writing(fd)
+        else:
+            proven = True
+        if proven:
+            os.unlink(self._gone)
+        return proven or self._rescue(self._gone, seen.path)
+
+    def _put_back(self, path: bytes) -> None:
+        number = 0
+        while True:
+            name = path + b".conflict-%d" % number if number else path
+            try:
+                linux.rename_at(linux.AT_FDCWD, self._gone, linux.AT_FDCWD, name, linux.NOREPLACE)
+                return
+            except FileExistsError:
+                number += 1
 
     def _rescue(self, source: bytes, path: bytes) -> bool:
         """Move something into the shadow; False when it must stay, since it is on another disk and in use."""
@@ -188,10 +206,6 @@ def _free(fd: int) -> bool:
         return linux.lease(fd)
     except OSError:
         return False
-
-
-def _again(seen: Seen, fd: int) -> Seen:
-    return Seen(seen.path, os.fstat(fd))
 
 
 def _replaceable(target: bytes, item: Known | None) -> bool:

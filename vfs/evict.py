@@ -277,10 +277,12 @@ class Evictor:
 
     def _sync(self, place: bytes, leases: Leases, kept: Mapping[bytes, int]) -> None:
         """Make the shadow durable. What is linked into it is under our lease: opening it again would break that."""
-        held = leases.descriptors()
-        linked = {path for path, inode in kept.items() if path in held and os.fstat(held[path]).st_ino == inode}
-        for path in linked:
-            os.fsync(held[path])
+        device, linked = os.stat(place).st_dev, set()
+        for path, fd in leases.descriptors().items():
+            status = os.fstat(fd)
+            if (status.st_dev, status.st_ino) == (device, kept.get(path)):
+                os.fsync(fd)
+                linked.add(status.st_ino)
         shadow.sync(place, linked)
 
     def _switch(
@@ -405,7 +407,7 @@ class Evictor:
                 shadow.copy_whole(unit.shadow, aside, found.files)
                 shadow.sync(aside)
                 faults.point("restore.copied")
-                self._core.commit(lambda: self._switch_back(unit, aside, sequence))
+                self._core.commit(lambda: self._switch_back(unit, aside, sequence, started))
             except BaseException:
                 if unit.state is State.RESTORING and not is_directory(unit.directory):
                     shadow.remove(aside)
@@ -415,10 +417,11 @@ class Evictor:
             quietly_remove(aside)
             faults.point("restore.unlinked")
             shadow.remove(unit.shadow)
+            self._core.journal.drop_unit(unit.uuid)
             self._pusher.scan(unit)
             return brought
 
-    def _switch_back(self, unit: Unit, aside: bytes, sequence: int) -> None:
+    def _switch_back(self, unit: Unit, aside: bytes, sequence: int, row: UnitRow) -> None:
         if unit.writers or unit.sequence != sequence:
             raise Refused(f"{unit.uuid}: not restored: it is being written to; try again when it is closed")
         _refuse_occupied(unit)
@@ -427,8 +430,8 @@ class Evictor:
         else:
             linux.exchange(unit.directory, aside)
         faults.point("restore.exchanged")
-        linux.sync_directory(os.path.dirname(aside))  # before the journal forgets that there is a shadow
-        self._core.units.enter(unit, State.RESIDENT, None)
+        linux.sync_directory(os.path.dirname(aside))
+        self._core.units.enter(unit, State.RESIDENT, row)  # the journal forgets it when the shadow is gone
 
     # --- recovery ----------------------------------------------------------------------------------------------
 

@@ -118,7 +118,7 @@ class Hydrator:
     def _sources(self, digest: bytes) -> list[tuple[Replica, Home]]:
         """Replicas in the order to try: healthy stores first, then nearest, then as configured."""
         replicas = {replica.store: replica for replica in self._core.journal.replicas(digest)}
-        homes = [home for home in self._core.homes if home.name in replicas]
+        homes = [home for home in (*self._core.homes, *self._core.sources) if home.name in replicas]
         homes.sort(key=lambda home: not home.healthy)
         return [(replicas[home.name], home) for home in homes]
 

@@ -12,14 +12,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from vfs import shadow
 from vfs.claims import is_place_of, links_below, own_rows, place_in
 from vfs.core import Core, Home
 from vfs.errors import DamagedRecord, ManifestError, Refused, RunfsError, StoreError, UsageError
 from vfs.evict import is_directory
 from vfs.format import is_safe_uuid, read_header
 from vfs.manifest import Manifest, parse
+from vfs.residency import State
 from vfs.settings import StoreSettings
 from vfs.stores import Stat, keys
+from vfs.units import linked_record
 
 if TYPE_CHECKING:
     from vfs.session import Progress, Session
@@ -298,15 +301,33 @@ def _take_over(session: "Session", home: Home, known: bool, manifest: Manifest, 
     core = session.core
     place = _place_for(session, manifest)
     manifest = replace(manifest, rows=tuple(own_rows(manifest.rows, manifest.uuid, place)))
-    core.index.put_back({**row} for row in manifest.rows)
-    if not known:
-        core.homes.append(home)
+    if known:
+        core.index.put_back({**row} for row in manifest.rows)
+        session.evictor.adopt(manifest, home, version, body, place)
+    else:
+        _copy_over(session, home, manifest, version, body, place)
+
+
+def _copy_over(session: "Session", home: Home, manifest: Manifest, version: str, body: bytes, place: bytes) -> None:
+    """Take a record from a store that is not one of ours: its bytes come along, since it will not be asked again. The
+    index learns of it when it is whole; if that fails nothing of it stays."""
+    core = session.core
+    core.sources.append(home)
     try:
         unit = session.evictor.adopt(manifest, home, version, body, place)
-        if not known:  # its bytes must come along: this store will not be asked again
+        try:
             session.evictor.restore(unit)
-            core.journal.forget_home(manifest.uuid, home.name)
-            core.units.mark_dirty(unit, "imported")
+        except BaseException:
+            core.journal.drop_unit(unit.uuid)
+            if linked_record(place) == unit.uuid:
+                os.unlink(place)
+            shadow.remove(unit.shadow)
+            unit.state = State.RESIDENT
+            raise
+        finally:
+            core.journal.forget_home(unit.uuid, home.name)
+            core.journal.forget_replicas(unit.uuid, home.name)
     finally:
-        if not known:
-            core.homes.remove(home)
+        core.sources.remove(home)
+    core.index.put_back({**row} for row in manifest.rows)
+    core.units.mark_dirty(unit, "imported")

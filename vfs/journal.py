@@ -334,6 +334,9 @@ class Journal:
     def forget_replica(self, digest: bytes, store: str, uuid: str) -> None:
         self._run("DELETE FROM replicas WHERE digest=? AND store=? AND uuid=?", (digest, store, uuid))
 
+    def forget_replicas(self, uuid: str, store: str) -> None:
+        self._run("DELETE FROM replicas WHERE uuid=? AND store=?", (uuid, store))
+
     def doubt_replicas(self, uuid: str, store: str) -> None:
         """A store may have lost what it held of a record: nothing in it is proven any more."""
         self._run("UPDATE replicas SET proven_ns=0, how='' WHERE uuid=? AND store=?", (uuid, store))
@@ -380,6 +383,9 @@ class Journal:
 
     def dirty(self) -> list[Dirty]:
         return [Dirty(*row) for row in self._all("SELECT * FROM dirty ORDER BY since_ns")]
+
+    def is_dirty(self, uuid: str) -> bool:
+        return bool(self._all("SELECT 1 FROM dirty WHERE uuid=?", (uuid,)))
 
     def mark_dirty(self, uuid: str, why: str) -> None:
         self._run("INSERT OR IGNORE INTO dirty(uuid, why, since_ns) VALUES (?,?,?)", (uuid, why, time.time_ns()))

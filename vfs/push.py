@@ -30,7 +30,7 @@ from vfs.hydrate import Hydrator, read_back
 from vfs.journal import Home as HomeRow
 from vfs.journal import Known, Replica
 from vfs.manifest import Content, File, Manifest, Merge, dump, merge, parse, same_tree
-from vfs.scan import Changing, Scan, open_file
+from vfs.scan import Changing, Scan, open_file, walk
 from vfs.scan import scan as scan_unit
 from vfs.stores.protocol import Stat
 from vfs.taking import take
@@ -78,6 +78,8 @@ class Pusher:
     def scan(self, unit: Unit) -> Scan:
         """Digest what changed in a unit and record it. Raises OSError, NoReplica, DamagedRecord."""
         before = self._core.journal.known(unit.uuid)
+        if unit.evicted and not self._core.journal.is_dirty(unit.uuid):
+            _settle_times(unit.base, before)
 
         def hydrate(path: bytes) -> None:
             fd = open_file(unit.base, path, os.O_RDONLY)
@@ -271,6 +273,22 @@ class Pusher:
             take(unit, merged.taken, self._core.journal.known(unit.uuid), complete)
             unit.note_change()
         return merged
+
+
+def _settle_times(base: bytes, known: Mapping[bytes, Known]) -> None:
+    """Bytes that come or go change a placeholder's times, until they are set right: a process that was killed in
+    between has not. Of a unit that nobody changed, the times are those that were digested."""
+    for seen in walk(base):
+        item = known.get(seen.path)
+        if item is None or seen.kind != "file" or seen.status.st_mtime_ns == item.file.mtime_ns:
+            continue
+        fd = open_file(base, seen.path, os.O_RDONLY)
+        try:
+            header = cache.read_header(fd)
+            if header is not None and not header.changed and header.digest == item.file.digest:
+                os.utime(fd, ns=(seen.status.st_atime_ns, item.file.mtime_ns))
+        finally:
+            os.close(fd)
 
 
 def _proof_of(stat: Stat) -> tuple[int, str]:

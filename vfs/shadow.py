@@ -243,16 +243,16 @@ def remove(tree: bytes) -> None:
         shutil.rmtree(tree)
 
 
-def sync(tree: bytes, without: Collection[bytes] = ()) -> None:
+def sync(tree: bytes, without: Collection[int] = ()) -> None:
     """Make a tree durable, file by file: syncing the file system would wait for everything anybody has written to it.
 
-    `without`: paths the caller has synced. The first sync commits the names and attributes of all of them.
+    `without`: inodes the caller has synced, whatever names they have. The first sync commits the names and attributes of all of them.
     """
-    names = {os.path.join(tree, path) for path in without}
     for directory, subdirectories, files in os.walk(tree):
         for name in [*files, *subdirectories]:
             path = os.path.join(directory, name)
-            if path not in names and (kind_of(os.lstat(path).st_mode) in ("file", "directory")):
+            status = os.lstat(path)
+            if status.st_ino not in without and kind_of(status.st_mode) in ("file", "directory"):
                 fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
                 try:
                     os.fsync(fd)

@@ -244,5 +244,3 @@ def hooked(session: Session, name: str = "lab") -> Hooked:
     store = session.core.home(name).store()
     assert isinstance(store, Hooked)
     return store
-
-

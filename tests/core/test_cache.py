@@ -233,6 +233,17 @@ def test_a_cut_that_was_not_noted_yet_is_seen_by_the_size(partial: Partial) -> N
     os.close(again.fd)
 
 
+def test_a_cut_inside_a_chunk_stays_cut_after_the_process_ended(partial: Partial) -> None:
+    write_header(partial.fd, Header(partial.digest, SIZE, True))
+    os.ftruncate(partial.fd, 1)  # and here the process ended
+    again = reopened(partial)
+    assert again is not None
+    for number in again.missing(0, SIZE):
+        again.fill(number, chunk(number))
+    assert os.fstat(again.fd).st_size == 1, "bytes that come back must not make a file longer"
+    os.close(again.fd)
+
+
 def test_waiting_for_a_chunk(partial: Partial) -> None:
     told: list[object] = []
     assert partial.when_here(2, told.append)
@@ -290,7 +301,11 @@ class Reference(RuleBasedStateMachine):
         if self.partial is not None and number * CHUNK < len(self.base):
             self._bring([number])
 
-    @rule(offset=st.integers(0, SIZE + CHUNK), length=st.sampled_from([1, 1000, CHUNK, 2 * CHUNK + 5]), seed=st.integers(0, 3))
+    @rule(
+        offset=st.integers(0, SIZE + CHUNK),
+        length=st.sampled_from([1, 1000, CHUNK, 2 * CHUNK + 5]),
+        seed=st.integers(0, 3),
+    )
     def write(self, offset: int, length: int, seed: int) -> None:
         offset = offset if seed else offset // CHUNK * CHUNK
         data = noise(length, 100 + seed)

@@ -231,7 +231,9 @@ def test_a_newer_schema_is_refused_and_left_alone(place: Path) -> None:
     connection.close()
 
 
-@pytest.mark.parametrize("junk", [b"not a database, " * 400, b"SQLite format 3\0" + b"\xff" * 5000], ids=["text", "torn"])
+@pytest.mark.parametrize(
+    "junk", [b"not a database, " * 400, b"SQLite format 3\0" + b"\xff" * 5000], ids=["text", "torn"]
+)
 def test_a_corrupt_file_is_one_clear_sentence(place: Path, junk: bytes) -> None:
     place.mkdir()
     (place / "journal.sqlite").write_bytes(junk)

@@ -81,7 +81,14 @@ def body(**over: Any) -> dict[str, Any]:
     content = CONTENTS[next(d for d in DIGESTS if CONTENTS[d].size == CHUNK + 1)]
     common = {"mode": 0o644, "mtime_ns": 1, "uid": 0, "gid": 0}
     chunks = base64.b64encode(content.chunks).decode()
-    file = {**common, "kind": "file", "size": content.size, "digest": content.digest.hex(), "key": "k", "chunks": chunks}
+    file = {
+        **common,
+        "kind": "file",
+        "size": content.size,
+        "digest": content.digest.hex(),
+        "key": "k",
+        "chunks": chunks,
+    }
     files = [
         {**common, "path": "d", "kind": "directory"},
         {**file, "path": "d/f"},
@@ -227,7 +234,9 @@ def histories(draw: st.DrawFn) -> tuple[Manifest | None, Manifest, Manifest]:
         side: dict[bytes, File] = {}
         for path, file in sorted({**base, **fresh}.items()):
             above = path.rpartition(b"/")[0]
-            if (path in removed and path not in fresh) or (above and getattr(side.get(above), "kind", "") != "directory"):
+            if (path in removed and path not in fresh) or (
+                above and getattr(side.get(above), "kind", "") != "directory"
+            ):
                 continue
             side[path] = file
         for path, file in side.items():

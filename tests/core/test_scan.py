@@ -105,7 +105,10 @@ CHANGES = {
     "gone": lambda root: os.unlink(root + b"/a"),
     "new": lambda root: Path(os.fsdecode(root + b"/z")).touch(),
     "renamed": lambda root: os.rename(root + b"/a", root + b"/z"),
-    "replaced": lambda root: (Path(os.fsdecode(root + b"/z")).write_bytes(b"new"), os.rename(root + b"/z", root + b"/a")),
+    "replaced": lambda root: (
+        Path(os.fsdecode(root + b"/z")).write_bytes(b"new"),
+        os.rename(root + b"/z", root + b"/a"),
+    ),
     "same size and times": lambda root: (
         Path(os.fsdecode(root + b"/a")).write_bytes(b"ONE"),
         os.utime(root + b"/a", ns=(1, 1)),
@@ -165,9 +168,7 @@ def while_read(monkeypatch: pytest.MonkeyPatch, change: Callable[[], object]) ->
     monkeypatch.setattr(scanning, "reader", reader)
 
 
-def test_a_growing_log_gives_what_it_held(
-    tmp_path: Path, digested: Digested, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_growing_log_gives_what_it_held(tmp_path: Path, digested: Digested, monkeypatch: pytest.MonkeyPatch) -> None:
     log = tmp_path / "record" / "log"
     log.parent.mkdir()
     log.write_bytes(noise(2 * CHUNK))
@@ -264,7 +265,9 @@ def test_a_changed_placeholder_is_completed_first(tree: bytes, digested: Digeste
     assert found[b"p"].digest == blake3(b"n" * CHUNK + noise(2 * CHUNK)[CHUNK:]).digest()
 
 
-def test_a_changed_placeholder_nobody_can_complete_is_an_error(tree: bytes, digested: Digested, placed: Partial) -> None:
+def test_a_changed_placeholder_nobody_can_complete_is_an_error(
+    tree: bytes, digested: Digested, placed: Partial
+) -> None:
     placed.write(placed.fd, b"n" * CHUNK, 0)
     with pytest.raises(DamagedRecord, match="p is not whole"):
         digested.scan(tree)

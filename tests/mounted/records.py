@@ -78,6 +78,12 @@ def tree(directory: Path, *, times: bool = False) -> Tree:
     return found
 
 
+def differences(here: Tree, plain: Tree) -> list[str]:
+    """What two trees do not have in common, one line a path: what the first holds, and the second."""
+    paths = sorted(path for path in here.keys() | plain.keys() if here.get(path) != plain.get(path))
+    return [f"{os.fsdecode(path)}: {here.get(path)} is not {plain.get(path)}" for path in paths]
+
+
 def digest(path: str | bytes | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -175,7 +181,7 @@ class Record:
 
     def same(self) -> None:
         """The record and the plain directory hold the same."""
-        assert tree(self.path) == tree(self.plain)
+        assert not (different := differences(tree(self.path), tree(self.plain))), f"{self.uuid}: {different}"
 
     def check(self) -> None:
         """They hold the same now, and again after an eviction: then every byte comes from the store."""

@@ -62,7 +62,6 @@ def proxy(seaweed: Seaweed) -> Iterator[FaultProxy]:
     [
         ("refuse", ["no connection to", "is it running, and the network up?"], (errno.EHOSTUNREACH, errno.EIO)),
         ("silent", ["runfs stores tries it"], (errno.ETIMEDOUT, errno.EIO)),
-        ("busy", ["503", "try again later"], (errno.EHOSTUNREACH, errno.EIO)),
     ],
 )
 def test_store_that_does_not_answer(

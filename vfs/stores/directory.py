@@ -66,6 +66,8 @@ class Directory:
 
     def _look_at_marker(self, root: int, writing: bool) -> None:
         found = _read_marker(root)
+        if found is None and self._identity is not None:
+            found = _read_marker(root)  # another thread may have made it since we looked
         if found is None and (self._used or self._identity is not None):
             raise Unreachable(
                 f"{self._name}: {self.path} was a store, and has no {MARKER} now; is the disk mounted? "
