@@ -452,6 +452,22 @@ class Evictor:
                 yield self._finish(unit, row, self._target(row, linked))
             except (OSError, RunfsError) as error:
                 yield f"{row.uuid}: an interrupted move could not be finished: {error}"
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove shadows that a crash left before the journal knew of them: their records are resident. One that holds
+        anything the record's directory does not hold is left alone (a journal may have been lost)."""
+        place = os.fsencode(self._core.settings.cache_place)
+        for name in os.listdir(place):
+            uuid = os.fsdecode(name)
+            if self._core.journal.unit(uuid) is not None or self._core.index.get(uuid) is None:
+                continue
+            try:
+                unit = self._core.units.get(uuid)
+                if is_directory(unit.directory) and _adds_nothing(unit):
+                    shadow.remove(unit.shadow)
+            except (OSError, RunfsError) as error:
+                log.warning("%s: what an interrupted eviction left in the cache stays there: %s", uuid, error)
 
     @staticmethod
     def _target(row: UnitRow, linked: bool) -> State:
@@ -552,6 +568,23 @@ def is_directory(path: bytes) -> bool:
         return stat.S_ISDIR(os.lstat(path).st_mode)
     except OSError:
         return False
+
+
+def _adds_nothing(unit: Unit) -> bool:
+    """Whether every file in a resident unit's shadow is an untouched placeholder, or the directory has it too."""
+    for seen in walk(unit.shadow):
+        if seen.kind != "file":
+            continue
+        header = cache.read_header(os.path.join(unit.shadow, seen.path))
+        if header is not None and not header.changed:
+            continue
+        try:
+            real = os.lstat(os.path.join(unit.directory, seen.path))
+        except FileNotFoundError:
+            return False
+        if (real.st_size, real.st_mtime_ns) != (seen.status.st_size, seen.status.st_mtime_ns):
+            return False
+    return True
 
 
 def _check_lengths(unit: Unit, known: Mapping[bytes, Known]) -> None:

@@ -246,7 +246,8 @@ def remove(tree: bytes) -> None:
 def sync(tree: bytes, without: Collection[int] = ()) -> None:
     """Make a tree durable, file by file: syncing the file system would wait for everything anybody has written to it.
 
-    `without`: inodes the caller has synced, whatever names they have. The first sync commits the names and attributes of all of them.
+    `without`: inodes the caller has synced, whatever names they have. The first sync commits the names and attributes
+    of all of them.
     """
     for directory, subdirectories, files in os.walk(tree):
         for name in [*files, *subdirectories]:

@@ -49,7 +49,7 @@ def _work(settings: str, commands: list[tuple[str, str]], fault: str, said: str)
 
 
 class Worker:
-    """A process that runs commands on a session. `said()` waits for it: one sentence a command, "" when it went well."""
+    """A process that runs commands on a session. `said()` waits: one sentence a command, "" when it went well."""
 
     def __init__(self, settings: Settings, commands: list[tuple[str, str]], place: Path, fault: str = "") -> None:
         self._place = place / f"said-{os.urandom(4).hex()}"

@@ -184,7 +184,7 @@ def until(check: Callable[[], bool], seconds: float = 10.0) -> None:
         time.sleep(0.005)
 
 
-# --- a store that tests can look into and break -------------------------------------------------------------------
+# --- a store that tests can look into and break --------------------------------------------------------------------
 
 
 class Broken(Exception):
@@ -206,7 +206,7 @@ class Hooked(MemoryStore):
             self.done.append((operation, key))
         self.hook(operation, key)
 
-    def keys(self) -> set[str]:
+    def names(self) -> set[str]:
         return {stat.key for stat in MemoryStore(objects=self._objects).list()}
 
     def raw(self, key: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Placeholders and partial files: against a plain reference file, in random sequences, with the process ending anywhere.
+"""Placeholders and partial files, against a plain file, in random sequences, with the process ending anywhere.
 
 The reference has two versions of every byte: what the last save made durable, and what was written since. After an end
 without a save each byte may show one or the other, but never a hole, never something older.
@@ -57,7 +57,7 @@ def reopened(partial: Partial) -> Partial | None:
     return None if header is None else Partial(os.dup(partial.fd), header)
 
 
-# --- the attribute ------------------------------------------------------------------------------------------------
+# --- the attribute -------------------------------------------------------------------------------------------------
 
 
 def test_a_placeholder_is_exact_and_empty(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_open_writable_where_the_mode_forbids_it(tmp_path: Path) -> None:
     os.close(fd)
 
 
-# --- which chunks are here ----------------------------------------------------------------------------------------
+# --- which chunks are here -----------------------------------------------------------------------------------------
 
 
 def test_missing_and_needed(partial: Partial) -> None:
@@ -268,7 +268,7 @@ def test_a_disk_that_fills_up_in_a_write_tears_no_chunk(partial: Partial, monkey
     assert partial.missing(0, SIZE) == [1, 2, 3]
 
 
-# --- random sequences -----------------------------------------------------------------------------------------------
+# --- random sequences ----------------------------------------------------------------------------------------------
 
 
 class Reference(RuleBasedStateMachine):
@@ -388,5 +388,5 @@ class Reference(RuleBasedStateMachine):
         self.directory.rmdir()
 
 
-Reference.TestCase.settings = settings(max_examples=100, stateful_step_count=15, deadline=None)
+Reference.TestCase.settings = settings(max_examples=50, stateful_step_count=15, deadline=None)
 TestReference = Reference.TestCase

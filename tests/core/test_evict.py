@@ -139,7 +139,7 @@ def refused(session: Session, match: str) -> None:
     assert not [each for each in session.core.journal.receipts(UUID) if each["what"] == "evict"]
 
 
-# --- the way it goes ----------------------------------------------------------------------------------------------
+# --- the way it goes -----------------------------------------------------------------------------------------------
 
 
 def test_evict_and_restore(session: Session, place: Place) -> None:
@@ -219,7 +219,7 @@ def test_another_file_system_for_the_cache(place: Place, session: Session) -> No
         shutil.rmtree(cache)
 
 
-# --- what is refused ------------------------------------------------------------------------------------------------
+# --- what is refused -----------------------------------------------------------------------------------------------
 
 
 def test_no_store(place: Place) -> None:
@@ -359,7 +359,7 @@ def test_an_unknown_record(session: Session) -> None:
         session.core.units.get("nothing")
 
 
-# --- what the store holds is not right --------------------------------------------------------------------------------
+# --- what the store holds is not right -----------------------------------------------------------------------------
 
 
 def old_proof(place: Place) -> Any:
@@ -444,7 +444,7 @@ def test_what_a_store_cannot_give_is_not_forgotten(place: Place) -> None:
         assert everything(session, unit).items() >= FILES.items()
 
 
-# --- races ------------------------------------------------------------------------------------------------------------
+# --- races ---------------------------------------------------------------------------------------------------------
 
 POINTS = [
     "push.scanned",
@@ -578,9 +578,8 @@ def test_a_changed_link_is_not_lost(tmp_path: Path) -> None:
         place = Place(tmp_path / point)
         root = place.record()
         os.symlink("weights.npy", root / "latest")
-        with outsider(root) as other:
-            with held(place.settings(), "evict", UUID, tmp_path, point):
-                other.do("os.unlink('latest', dir_fd=top); os.symlink('other.npy', 'latest', dir_fd=top)")
+        with outsider(root) as other, held(place.settings(), "evict", UUID, tmp_path, point):
+            other.do("os.unlink('latest', dir_fd=top); os.symlink('other.npy', 'latest', dir_fd=top)")
         with place.session() as session:
             assert os.readlink(unit_of(session).base + b"/latest") == b"other.npy", point
 
@@ -609,7 +608,7 @@ def test_a_writer_on_another_file_system_is_waited_for(tmp_path: Path) -> None:
         shutil.rmtree(cache)
 
 
-# --- crashes ------------------------------------------------------------------------------------------------------------
+# --- crashes -------------------------------------------------------------------------------------------------------
 
 
 def recovered(place: Place, point: str) -> None:
@@ -658,7 +657,9 @@ def crash_points(tmp_path: Path, command: str, before: list[tuple[str, str]]) ->
         assert set(Worker(first.settings(), before, tmp_path).said()) == {""}
     points = trace(first.settings(), command, UUID, tmp_path)
     counted = [(point, points[: n + 1].count(point)) for n, point in enumerate(points)]
-    return [f"{point}#{n}" for point, n in counted if not point.startswith("push.") and n in (1, 2, points.count(point))]
+    return [
+        f"{point}#{n}" for point, n in counted if not point.startswith("push.") and n in (1, 2, points.count(point))
+    ]
 
 
 def test_killed_at_each_step_of_an_eviction(tmp_path: Path) -> None:
@@ -742,7 +743,7 @@ def test_a_link_that_was_removed_while_a_restore_was_interrupted(tmp_path: Path)
         assert contents(place.directory()).items() >= {**FILES, b"only here": b"dirty"}.items()
 
 
-# --- restore refuses ------------------------------------------------------------------------------------------------------
+# --- restore refuses -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["directory", "file"])

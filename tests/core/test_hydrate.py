@@ -3,7 +3,7 @@
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -53,6 +53,13 @@ def bring(session: Session, partial: Partial, numbers: list[int], seconds: float
     session.hydrator.bring(partial, numbers, UUID, b"big", seconds)
 
 
+def waits_for(gate: threading.Event) -> Callable[[str, str], None]:
+    def wait(operation: str, key: str) -> None:
+        assert gate.wait(10)
+
+    return wait
+
+
 def reads(store: Hooked) -> list[str]:
     return [key for operation, key in store.done if operation == "read"]
 
@@ -61,7 +68,7 @@ def away(operation: str, key: str) -> None:
     raise Unreachable("no route")
 
 
-# --- the check ---------------------------------------------------------------------------------------------------
+# --- the check -----------------------------------------------------------------------------------------------------
 
 
 def test_check() -> None:
@@ -211,7 +218,7 @@ def test_a_store_that_is_not_configured_any_more(session: Session) -> None:
         bring(session, partial, [0])
 
 
-# --- who waits ------------------------------------------------------------------------------------------------------
+# --- who waits -----------------------------------------------------------------------------------------------------
 
 
 def test_two_readers_one_flight(session: Session) -> None:
@@ -265,7 +272,7 @@ def test_one_error_reaches_everybody(session: Session) -> None:
 
 def test_asking_does_not_wait(session: Session) -> None:
     gate = threading.Event()
-    hooked(session).hook = lambda _operation, _key: gate.wait(10) and None
+    hooked(session).hook = waits_for(gate)
     with opened(session) as partial:
         began = time.monotonic()
         session.hydrator.request(partial, range(13), UUID, b"big")
@@ -278,7 +285,7 @@ def test_asking_does_not_wait(session: Session) -> None:
 def test_a_deadline_ends_the_wait(session: Session) -> None:
     gate = threading.Event()
     for name in ("lab", "disk"):
-        hooked(session, name).hook = lambda _operation, _key: gate.wait(10) and None
+        hooked(session, name).hook = waits_for(gate)
     with opened(session) as partial:
         began = time.monotonic()
         with pytest.raises(StoreTimeout, match="nothing arrived"):
@@ -301,7 +308,7 @@ def test_a_full_disk_is_said_before_anything_is_asked_for(session: Session, monk
 
 def test_a_write_that_overtakes_a_flight_stays(session: Session) -> None:
     gate = threading.Event()
-    hooked(session).hook = lambda _operation, _key: gate.wait(10) and None
+    hooked(session).hook = waits_for(gate)
     with opened(session) as partial:
         session.hydrator.request(partial, [0, 1], UUID, b"big")
         fd = cache.open_writable(partial.fd)
@@ -312,7 +319,7 @@ def test_a_write_that_overtakes_a_flight_stays(session: Session) -> None:
         assert os.pread(partial.fd, 2 * CHUNK, 0) == b"n" * CHUNK + BIG[CHUNK : 2 * CHUNK]
 
 
-# --- files in use -------------------------------------------------------------------------------------------------------
+# --- files in use --------------------------------------------------------------------------------------------------
 
 
 def test_all_handles_share_one_object(session: Session) -> None:
@@ -326,7 +333,8 @@ def test_all_handles_share_one_object(session: Session) -> None:
 def test_settling_between_two_users_touches_no_other_file(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody comes and goes while the file is being saved: its descriptor must not be closed with something unsaved,
     nor be used when it is closed and its number is another file's."""
-    real, visits = Partial.save, []
+    real = Partial.save
+    visits: list[bool] = []
 
     def save(partial: Partial) -> None:
         real(partial)

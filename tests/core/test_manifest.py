@@ -3,6 +3,7 @@
 import base64
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -213,13 +214,11 @@ def test_any_one_value_changed_is_refused_or_harmless(data: st.DataObject, value
 def test_damaged_bytes_never_surprise(position: int, junk: bytes) -> None:
     data = json.dumps(body()).encode()
     position %= len(data)
-    try:
-        parse(data[:position] + junk + data[position + len(junk) :])
-    except ManifestError as error:
-        assert str(error)
+    with suppress(ManifestError):
+        assert parse(data[:position] + junk + data[position + len(junk) :]).files is not None
 
 
-# --- merge --------------------------------------------------------------------------------------------------------
+# --- merge ---------------------------------------------------------------------------------------------------------
 
 FEW = st.sampled_from([b"a", b"b", b"c", b"n" * 255])
 
@@ -253,7 +252,7 @@ def told(file: File) -> tuple[Any, ...]:
 
 
 @given(histories())
-@settings(max_examples=400)
+@settings(max_examples=200)
 def test_merge_loses_nothing_of_either_side(history: tuple[Manifest | None, Manifest, Manifest]) -> None:
     base, ours, theirs = history
     before = {file.path: told(file) for file in base.files} if base else {}

@@ -1,9 +1,10 @@
-"""Pushing: the layout in the store, one commit point, crashes after each step, other hosts, files that will not stand still."""
+"""Pushing: the layout in the store, one commit point, crashes after each step, other hosts, files that change."""
 
+import itertools
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -64,14 +65,14 @@ def published(store: Hooked, uuid: str = UUID) -> dict[bytes, bytes]:
     return found
 
 
-# --- the layout ---------------------------------------------------------------------------------------------------
+# --- the layout ----------------------------------------------------------------------------------------------------
 
 
 def test_first_content_is_plain_objects_and_one_manifest(session: Session, place: Place) -> None:
     outcome = push(session)
     store, here = hooked(session), contents(place.directory())
     assert outcome.clean
-    assert store.keys() == {plain_key(UUID, path) for path in here} | {manifest_key(UUID)}
+    assert store.names() == {plain_key(UUID, path) for path in here} | {manifest_key(UUID)}
     assert plain_key(UUID, b"caf\xe9 \xff.dat") == f"{UUID}/caf%E9%20%FF.dat"
     for path, content in here.items():  # also where two paths have the same content
         assert store.raw(plain_key(UUID, path)) == content
@@ -109,12 +110,12 @@ def test_the_manifest_says_everything(session: Session, place: Place) -> None:
 def test_later_content_goes_beside_and_nothing_is_overwritten(session: Session, place: Place) -> None:
     push(session)
     store = hooked(session)
-    before = {key: store.raw(key) for key in store.keys() if key != manifest_key(UUID)}
+    before = {key: store.raw(key) for key in store.names() if key != manifest_key(UUID)}
     (place.directory() / "metrics.json").write_bytes(b"later")
     (place.directory() / "new").write_bytes(b"first")
     outcome = push(session)
     assert (outcome.pushed[0].files, outcome.pushed[0].size) == (2, 10)
-    added = store.keys() - set(before) - {manifest_key(UUID)}
+    added = store.names() - set(before) - {manifest_key(UUID)}
     assert added == {data_key(UUID, blake3(b"later").digest()), plain_key(UUID, b"new")}
     assert {key: store.raw(key) for key in before} == before
     assert published(store) == contents(place.directory())
@@ -234,6 +235,18 @@ def changes_of(place: Place) -> int:
         return len(hooked(session).done)
 
 
+def end_after(number: int) -> Callable[[str, str], None]:
+    """A hook that lets so many operations be, and none after them."""
+    calls, guard = itertools.count(), threading.Lock()
+
+    def end(operation: str, key: str) -> None:
+        with guard:
+            if next(calls) >= number:
+                raise Broken(f"ended before {operation} {key}")
+
+    return end
+
+
 def test_a_process_that_ends_after_any_store_operation(tmp_path: Path) -> None:
     """A second session on the same state finishes; what was uploaded is adopted, nothing is written twice."""
     total = changes_of(Place(tmp_path / "count", {"lab": f"hooked://{tmp_path}/count"}))
@@ -242,15 +255,7 @@ def test_a_process_that_ends_after_any_store_operation(tmp_path: Path) -> None:
         place = Place(tmp_path / str(number), {"lab": f"hooked://{tmp_path}/{number}"})
         place.record()
         with place.session() as session:
-            store, calls = hooked(session), iter(range(total + 1))
-            guard = threading.Lock()
-
-            def end(operation: str, key: str, number: int = number) -> None:
-                with guard:
-                    if next(calls, total) >= number:
-                        raise Broken(f"ended before {operation} {key}")
-
-            store.hook = end
+            hooked(session).hook = end_after(number)
             with pytest.raises(Broken):
                 session.pusher.push(unit_of(session))
         with place.session() as session:
@@ -259,7 +264,7 @@ def test_a_process_that_ends_after_any_store_operation(tmp_path: Path) -> None:
             here = contents(place.directory())
             assert published(store) == here
             allowed = {plain_key(UUID, path) for path in here} | {manifest_key(UUID)}
-            assert store.keys() <= allowed, "what was uploaded before is adopted, not uploaded again elsewhere"
+            assert store.names() <= allowed, "what was uploaded before is adopted, not uploaded again elsewhere"
 
 
 def test_killed_at_every_point_of_a_push(tmp_path: Path) -> None:
@@ -287,7 +292,7 @@ def test_an_object_of_somebody_else_under_the_plain_name(session: Session, place
     push(session)
     assert store.raw(plain_key(UUID, b"metrics.json")) == b"not ours"
     assert published(store) == contents(place.directory())
-    assert data_key(UUID, blake3(FILES[b"weights.npy"]).digest()) in store.keys()
+    assert data_key(UUID, blake3(FILES[b"weights.npy"]).digest()) in store.names()
 
 
 def test_uploaded_already_by_another_tool_is_adopted(session: Session, place: Place) -> None:
@@ -295,7 +300,7 @@ def test_uploaded_already_by_another_tool_is_adopted(session: Session, place: Pl
     for path, content in contents(place.directory()).items():
         store.put(plain_key(UUID, path), content)
     push(session)
-    assert not any("/data/" in key for key in store.keys())
+    assert not any("/data/" in key for key in store.names())
     assert published(store) == contents(place.directory())
 
 
@@ -308,7 +313,7 @@ def test_wrong_bytes_under_a_digest_are_replaced(session: Session, place: Place)
     assert published(store) == contents(place.directory())
 
 
-# --- another host ----------------------------------------------------------------------------------------------------
+# --- another host --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -493,7 +498,7 @@ def test_their_manifest_does_not_override_where_our_bytes_are(hosts: tuple[Place
         assert second.core.journal.replicas_of(UUID, "lab")[digest] == before
 
 
-# --- files that change -----------------------------------------------------------------------------------------------
+# --- files that change ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "size"), [(b"metrics.json", 13), (b"large", LARGE)])
@@ -517,7 +522,7 @@ def test_a_file_that_changes_between_digest_and_upload(tmp_path: Path, name: byt
         if size > SMALL:
             assert outcome.unsettled
             assert not outcome.clean
-            assert manifest_key(UUID) not in store.keys()
+            assert manifest_key(UUID) not in store.names()
         push(session)
         settled(session)
         assert published(store) == contents(root)
@@ -533,7 +538,7 @@ def test_a_change_during_the_push_leaves_it_dirty(session: Session, place: Place
     assert push(session).clean
 
 
-# --- evicted records ---------------------------------------------------------------------------------------------------
+# --- evicted records -----------------------------------------------------------------------------------------------
 
 
 def test_a_store_that_is_added_later_gets_what_is_evicted(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.faults import FaultProxy
-from tests.mounted.records import ask, evict, tree
+from tests.mounted.records import ask, evict, tree, until
 from tests.mounted.trouble import empty_project, lines, resize, small_disk
 from tests.mounting import Mounted
 from tests.projects import Project
@@ -110,6 +110,14 @@ def test_store_that_does_not_answer(
     assert said_of(mounted, "safe", one, code=0).startswith("safe")
 
 
+def readable(path: Path) -> bool:
+    """A reader may still meet a flight that began before."""
+    try:
+        return path.read_bytes() is not None
+    except OSError:
+        return False
+
+
 def test_directory_store_whose_disk_is_not_there(mount: Mount, small: Project, tmp_path: Path) -> None:
     """A path that cannot be made, and one that was a store and is empty now."""
     one, two = small.runs
@@ -132,6 +140,7 @@ def test_directory_store_whose_disk_is_not_there(mount: Mount, small: Project, t
     assert os.listdir(tmp_path / "store") == []
     (tmp_path / "store").rmdir()
     (tmp_path / "away").rename(tmp_path / "store")
+    until(lambda: readable(mounted.path / one / "weights.npy"), "the bytes come from the store that is there again")
     assert (mounted.path / one / "weights.npy").read_bytes() == content
 
 
@@ -164,9 +173,8 @@ def everything_shown(mounted: Mounted, places: Path, *config: str) -> dict[str, 
     """All that somebody else could see of a mount: answers, log, process list, state."""
     shown = {}
     for arguments in (
-        ["status", "--json"], ["status"], ["stores", "--json"], ["stores"], ["doctor", "--json"], ["safe", "--json"],
-        ["push", "--json"], ["config", "show", "--json", *config], ["config", "show", *config],
-        ["config", "check", *config], ["receipts", "--json"],
+        ["status", "--json"], ["stores", "--json"], ["doctor"], ["push", "--json"],
+        ["config", "show", "--json", *config], ["config", "show", *config],
     ):  # fmt: skip
         done = mounted.runfs(*arguments)
         shown[" ".join(arguments)] = done.stdout + done.stderr
@@ -416,7 +424,7 @@ def test_manifest_whose_objects_have_names_that_cannot_be(mount: Mount, small: P
     lies = {
         "weights.npy": "../../../etc/passwd",
         "metrics.json": "/etc/passwd",
-        "log.txt": "",
+        "model.json": "",
         "notes/by step/0.txt": "a//b",
         "notes/by step/1.txt": ".runfs-store",
         "notes/by step/2.txt": f".runfs/{one}/../../../../etc/passwd",
