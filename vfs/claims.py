@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from vfs.errors import RunfsError
-from vfs.evict import is_directory
 from vfs.format import read_header
 from vfs.index_record import local_path
 from vfs.ingest import to_uri
+from vfs.moving import is_directory
 from vfs.units import linked_record
 
 _PLACES = ("storage_uri", "local_uri")

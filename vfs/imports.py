@@ -16,9 +16,9 @@ from vfs import shadow
 from vfs.claims import is_place_of, links_below, own_rows, place_in
 from vfs.core import Core, Home
 from vfs.errors import DamagedRecord, ManifestError, Refused, RunfsError, StoreError, UsageError
-from vfs.evict import is_directory
 from vfs.format import is_safe_uuid, read_header
 from vfs.manifest import Manifest, parse
+from vfs.moving import is_directory
 from vfs.residency import State
 from vfs.settings import StoreSettings
 from vfs.stores import Stat, keys

@@ -459,7 +459,7 @@ POINTS = [
     "evict.unnamed",
     "evict.discarded",
 ]
-TELLING = ["evict.proven", "evict.linked", "evict.intended", "evict.entered", "evict.unnamed"]
+TELLING = ["evict.proven", "evict.linked", "evict.entered", "evict.unnamed"]
 # What a process does through a directory it had open before, and the bytes that must be found afterwards.
 ACTS: dict[str, tuple[str, bytes]] = {
     "write": ("fd = inside('weights.npy', os.O_WRONLY); os.pwrite(fd, b'WRITTEN', 5); os.close(fd)", b"WRITTEN"),

@@ -181,10 +181,11 @@ def test_receipts(journal: Journal, again: Again) -> None:
 
 
 def test_threads_share_one_journal(journal: Journal) -> None:
-    threads = [
-        threading.Thread(target=lambda n=n: [journal.mark_dirty(f"{n}-{m}", "x") for m in range(20)])  # type: ignore[misc]
-        for n in range(5)
-    ]
+    def mark(number: int) -> None:
+        for count in range(20):
+            journal.mark_dirty(f"{number}-{count}", "x")
+
+    threads = [threading.Thread(target=mark, args=(number,)) for number in range(5)]
     for thread in threads:
         thread.start()
     for thread in threads:
