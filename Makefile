@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # `make demo S3=1`: the second store is a SeaweedFS S3 server instead of a directory.
 S3 ?=
+# Test files run at a time: most of a test's time is waiting for disks and deadlines.
+WORKERS ?= 4
 # `make bench SIZE=256MiB ROUNDS=1` is quick.
 SIZE ?= 1GiB
 ROUNDS ?= 3
@@ -22,8 +24,8 @@ help:  ## this list
 install: $(VENV)/.runtime  ## system packages that are missing, .venv, and the runfs command in it
 	@echo "Installed. Next: $(VENV)/bin/runfs mount MOUNTPOINT --project DIR --store URL   (or see it work: make demo)"
 
-test: $(VENV)/.test  ## all tests (T='-k words' or T=tests/test_x.py picks some)
-	$(VENV)/bin/python -m pytest $(T)
+test: $(VENV)/.test  ## all tests, several files at a time (T='-k words' or T=tests/test_x.py picks some)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(T)
 
 check: $(VENV)/.test  ## lint, format, types, and that imports point from daemon to vfs only
 	$(VENV)/bin/ruff check .
@@ -61,6 +63,7 @@ $(VENV)/.demo: $(VENV)/.runtime
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
+	@.ci/system-packages $(PYTHON) tests
 	@echo "Installing what the tests need into $(VENV)"
 	@$(call install-section,test)
 	@$(PIP) check
