@@ -193,7 +193,7 @@ def test_watermarks(room: Room) -> None:
             gone = room.evicted()
             assert gone == set(others[: len(gone)])
             assert 4 <= len(gone) <= 7
-            assert "the disk was nearly full: evicted" in room.mounted.log()
+            until(lambda: "the disk was nearly full: evicted" in room.mounted.log(), "it is in the log", 10)
         receipts = room.mounted.json("receipts")["receipts"]
         assert {each["uuid"] for each in receipts if each["what"] == "evict"} >= gone
     finally:
