@@ -81,6 +81,7 @@ class Evictor(Prover, Restorer):
                 raise Refused(f"{unit.uuid}: not evicted: {stays.reason}; {stays.advice}")
             sequence = self._core.sequence(unit)
             self._finish_discard(unit)
+            self._core.settle()  # what has just come back is noted first: noting it later would look like a change
             known = self._settled(unit)
             _check_lengths(unit, known)
             proof = self.prove(unit, known)

@@ -66,7 +66,8 @@ class Change:
 @dataclass(slots=True, eq=False)
 class Handle:
     """An open file. `partial` is set where bytes may be missing; `end`, `window`
-    (chunks) and `turned` (the chunk at which it grew) follow a sequential reader."""
+    (chunks), `turned` (the chunk at which it grew) and `asked` (up to which chunk more was asked for) follow a
+    sequential reader."""
 
     node: FileNode
     fd: int
@@ -78,6 +79,7 @@ class Handle:
     end: int = 0
     window: int = 1
     turned: int = 0
+    asked: int = 0
     pid: int = 0
 
     @property

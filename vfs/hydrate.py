@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from blake3 import blake3
 
 from vfs import faults
-from vfs.cache import Partial
+from vfs.cache import FLIGHT, Partial
 from vfs.core import Core, Home
 from vfs.errors import NoReplica, RunfsError, StoreTimeout, WrongBytes
 from vfs.journal import Replica
@@ -25,7 +25,6 @@ from vfs.units import Unit
 
 log = logging.getLogger(__name__)
 
-FLIGHT = 8  # chunks: 8 MiB ranges were as fast as larger ones
 _READERS = 8
 _BACKGROUND = 4
 _SMALL = 1 << 20  # bytes; files up to this size come together when their record is first touched,

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from vfs import linux
 from vfs.access import Access
-from vfs.cache import ATTRIBUTE, Partial, read_header
+from vfs.cache import ATTRIBUTE, FLIGHT, Partial, read_header
 from vfs.fstypes import Attributes, Caller, Change, Handle, Listing, Needs
 from vfs.manifest import CHUNK, chunk_count
 from vfs.tree import FileNode
@@ -18,7 +18,7 @@ from vfs.units import Unit
 
 T = TypeVar("T")
 _OURS = (b"user.runfs.state", b"user.runfs.pinned")
-_WINDOW_MOST = 32  # chunks
+_WINDOW_MOST = 64  # chunks
 _NEAR = 4 * CHUNK  # bytes a sequential reader may seem to skip
 _STABLE_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_SYNC | os.O_DSYNC | os.O_NOATIME
 
@@ -191,23 +191,26 @@ class OpenFiles(Access):
                 handle.window = min(max(handle.window, 1) * 2, _WINDOW_MOST)
                 handle.turned = chunk
         else:
-            handle.end, handle.turned, handle.window = offset + size, chunk, 0
+            handle.end, handle.turned, handle.window, handle.asked = offset + size, chunk, 0, 0
 
     @staticmethod
     def _ahead(handle: Handle, partial: Partial, first: int) -> list[int]:
-        return partial.missing(first * CHUNK, handle.window * CHUNK) if handle.window > 1 else []
+        """What a sequential reader wants from chunk `first` on. A wide window ends where a flight ends, so that it
+        grows by whole flights and not by a chunk with each read."""
+        end = first + handle.window
+        if handle.window >= 2 * FLIGHT:
+            end -= end % FLIGHT
+        if handle.window < 2 or end <= handle.asked:
+            return []
+        handle.asked = end
+        return partial.missing(first * CHUNK, (end - first) * CHUNK)
 
     def ahead(self, handle: Handle, offset: int, size: int) -> list[int]:
         """Chunks a sequential reader will want soon, when what it asked for was here already."""
         partial = handle.partial
-        if partial is None or partial.complete or handle.window < 2:
+        if partial is None or partial.complete:
             return []
-        first = chunk_count(offset + size)
-        half = first + handle.window // 2
-        # Ask again only when half of the window is used up, so that flights stay long.
-        if not partial.missing(first * CHUNK, (half - first) * CHUNK):
-            return []
-        return partial.missing(first * CHUNK, handle.window * CHUNK)
+        return self._ahead(handle, partial, chunk_count(offset + size))
 
     def write(self, handle: Handle, offset: int, data: bytes) -> int:
         """Write to an open file. Raises Needs for chunks that are covered only in part and are not here."""
