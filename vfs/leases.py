@@ -79,6 +79,3 @@ class Leases:
 
     def descriptors(self) -> Mapping[bytes, int]:
         return self._held
-
-    def is_whole(self, path: bytes) -> bool:
-        return cache.read_header(self._held[path]) is None

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,11 +153,3 @@ def wanted_free(core: Core) -> int | None:
         return None
     low = limit_of(core.settings.cache.low, total)
     return total - (high if low is None else low)
-
-
-def states(candidates: Sequence[Candidate]) -> dict[str, int]:
-    """Bytes that would go and stay, for messages."""
-    return {
-        "go": sum(candidate.size for candidate in candidates if candidate.stays is None),
-        "stay": sum(candidate.size for candidate in candidates if candidate.stays is not None),
-    }

@@ -14,6 +14,7 @@ from vfs.errors import RunfsError, UnknownRecord, in_words
 from vfs.format import run_status
 from vfs.index import Record
 from vfs.push import rows_digest
+from vfs.residency import FileState
 from vfs.scan import differs, open_file, walk
 from vfs.units import Unit
 from vfs.where import parse_where
@@ -179,14 +180,14 @@ def _file_status(core: Core, unit: Unit, path: bytes) -> dict[str, Any]:
     local = max(now.st_size - (held.size - held.local_bytes), 0) if held else now.st_size
     digest = header.digest if header and not header.changed else seen.file.digest if seen else b""
     if unit.dirty:
-        state = "dirty"
+        state = FileState.DIRTY
     elif header is None or local >= now.st_size:
-        state = "resident"
+        state = FileState.RESIDENT
     else:
-        state = "partial" if local else "evicted"
+        state = FileState.PARTIAL if local else FileState.EVICTED
     return {
         "kind": "directory" if os.path.isdir(os.path.join(unit.base, path)) else "file",
-        "state": state,
+        "state": state.value,
         "size": now.st_size,
         "local_bytes": local,
         "digest": digest.hex() or None,

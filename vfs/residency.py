@@ -47,7 +47,6 @@ class FileState(Enum):
     PARTIAL = "partial"
     EVICTED = "evicted"
     DIRTY = "dirty"
-    CHANGED_OUTSIDE = "changed-outside"
 
 
 def allowed(before: State, after: State) -> bool:

@@ -257,11 +257,6 @@ class Units:
             tell(unit)
 
 
-def same_file_system(one: bytes, other: bytes) -> bool:
-    """Whether names can be linked and exchanged between two directories."""
-    return os.stat(one).st_dev == os.stat(other).st_dev
-
-
 def set_aside_name(unit: Unit) -> bytes:
     """The second name used in an exchange: beside the record, so on its file system."""
     parent, _slash, _name = unit.directory.rstrip(b"/").rpartition(b"/")
