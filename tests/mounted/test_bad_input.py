@@ -236,7 +236,7 @@ class TestMountpoint:
             with pytest.raises(OSError, match="not connected"):  # loudly, not an empty run
                 (project.directory(away) / "weights.npy").read_bytes()
             mounted.start()
-            assert "cleaned up, nothing is lost" in mounted.log()
+            until(lambda: "cleaned up, nothing is lost" in mounted.log(), "the dead mount was cleaned up")
             assert (mounted.path / away / "weights.npy").read_bytes() == content
             assert (mounted.path / written / "new.txt").read_text() == "acknowledged"
             (line, *_more) = lines(mounted.runfs("safe", written), 1)
