@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import trio
 
 from vfs.core import Core
-from vfs.errors import RunfsError, StoreTimeout
+from vfs.errors import Refused, RunfsError, StoreTimeout
 from vfs.filesystem import FileSystem, Handle, Needs
 from vfs.hydrate import Hydrator
 from vfs.push import Pusher
@@ -155,6 +155,8 @@ class Transfers:
         outcome = self._pusher.push(unit, wanted)
         if outcome.failed:
             raise outcome.failed[0][1]
+        if outcome.unsettled:
+            raise Refused(f"{unit.uuid}: it is still being written to, so the homes do not have it; it is pushed later")
 
 
 def _name_of(pid: int) -> str:

@@ -388,3 +388,13 @@ def test_configuration_that_is_wrong(project: Project, tmp_path: Path, toml: str
     for words in says:
         assert words in said
     assert not is_fuse_mount(tmp_path / "mnt")
+
+
+def test_close_waits_for_the_homes_where_that_is_asked_for(make_project: Make, tmp_path: Path) -> None:
+    """`on_close = "push"`: when close has returned, the store holds the bytes, though nothing is pushed by itself."""
+    project, store = make_project(runs=1, report=False), tmp_path / "store"
+    options = ["-o", "push.auto=false,on_close=push"]
+    with Mounted(project, tmp_path / "mnt", stores=[store.as_uri()], options=options) as mounted:
+        (mounted.path / project.runs[0] / "new.txt").write_bytes(b"acknowledged by the store")
+        held = [path.read_bytes() for path in store.rglob("*") if path.is_file()]
+        assert b"acknowledged by the store" in held
