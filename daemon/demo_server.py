@@ -94,7 +94,7 @@ class Server:
         except StoreError:
             return False
         finally:
-            store.close()
+            store.disconnect()
         return True
 
     def _options(self) -> dict[str, str]:

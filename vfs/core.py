@@ -99,7 +99,7 @@ class Home:
     def close(self) -> None:
         with self._lock:
             if self._store is not None:
-                self._store.close()
+                self._store.disconnect()
                 self._store = None
 
 

@@ -32,7 +32,7 @@ def s3(seaweed: Seaweed) -> Iterator[MakeStore]:
 
     yield make
     for store in made:
-        store.close()
+        store.disconnect()
 
 
 @pytest.fixture(params=["memory", "file", "s3"])

@@ -387,10 +387,10 @@ class TestAsAWhole:
 
     def test_closed(self, make_store: MakeStore) -> None:
         store = make_store()
-        store.close()
-        with pytest.raises(Unreachable, match="closed"):
+        store.disconnect()
+        with pytest.raises(Unreachable, match="disconnected"):
             store.write("u/a", b"x")
-        with pytest.raises(Unreachable, match="closed"):
+        with pytest.raises(Unreachable, match="disconnected"):
             store.read("u/a")
 
     def test_readers_never_see_a_mixture(self, make_store: MakeStore) -> None:

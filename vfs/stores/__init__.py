@@ -19,7 +19,7 @@ from importlib import metadata
 from typing import Any
 
 from vfs.errors import ConfigError
-from vfs.stores.protocol import Broker, Check, Info, Stat, Store
+from vfs.stores.protocol import Broker, Check, Info, Stat, Store, Volume
 
 __all__ = [
     "GROUP",
@@ -28,6 +28,7 @@ __all__ = [
     "Info",
     "Stat",
     "Store",
+    "Volume",
     "broker",
     "brokers",
     "open_store",

@@ -95,7 +95,9 @@ class Directory:
         renamed."""
         directory = make_directories(root, (TEMPORARY,))
         try:
-            self._sweep(directory)
+            if not self._swept:  # once per store
+                self._swept = True
+                _sweep(directory, STALE_S)
             name = f"{os.getpid()}-{os.urandom(8).hex()}"
             file = os.open(name, NEW, 0o666, dir_fd=directory)
             try:
@@ -106,14 +108,15 @@ class Directory:
         finally:
             os.close(directory)
 
-    def _sweep(self, directory: int) -> None:
-        """Once per store: remove what crashed writers left."""
-        if self._swept:
-            return
-        self._swept = True
-        for name in os.listdir(directory):
-            if name != "lock" and _age(directory, name) > STALE_S:
-                remove(directory, name)
+    def sweep(self, root: int, older_than_s: float) -> int:
+        """Remove what crashed writers left that was not written to for so long; how many."""
+        directory = open_if_there(root, (TEMPORARY,))
+        if directory is None:
+            return 0
+        try:
+            return _sweep(directory, older_than_s)
+        finally:
+            os.close(directory)
 
     @contextmanager
     def lock(self, root: int, budget: Budget) -> Iterator[None]:
@@ -328,6 +331,13 @@ def _try_lock(file: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _sweep(directory: int, older_than_s: float) -> int:
+    stale = [name for name in os.listdir(directory) if name != "lock" and _age(directory, name) > older_than_s]
+    for name in stale:
+        remove(directory, name)
+    return len(stale)
 
 
 def _age(directory: int, name: str) -> float:

@@ -17,14 +17,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vfs.errors import ConfigError, Conflict, NotFound, StoreError, StoreTimeout, Unreachable, UsageError
+from vfs.errors import ConfigError, Conflict, NotFound, StoreTimeout
 from vfs.stores import keys, places, urls
+from vfs.stores.base import BaseBroker, BaseStore, is_wanted, take_piece
 from vfs.stores.directory import (
     Directory,
     explain,
+    open_directory,
     open_file,
     open_if_there,
     put_at_first,
@@ -34,11 +37,9 @@ from vfs.stores.directory import (
 )
 from vfs.stores.limits import Budget, Limits, read_limits
 from vfs.stores.places import Place
-from vfs.stores.probing import check_store
-from vfs.stores.protocol import Check, Info, Stat
+from vfs.stores.protocol import Info, Stat
 
 PIECE = 8 * 1024 * 1024  # bytes copied between looks at the deadline
-PROBLEMS_KEPT = 100
 
 KeyOf = Callable[[Place], str | None]
 
@@ -49,6 +50,22 @@ class Found:
 
     place: Place
     stat: Stat
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What a walk looks for: keys under `prefix`, and how a place becomes a key."""
+
+    prefix: str
+    recursive: bool
+    key_of: KeyOf
+
+    def may_be_below(self, place: Place) -> bool:
+        """Whether keys under this directory can be wanted."""
+        if place[0] == places.ALTERNATIVE:
+            return True
+        here = "/".join(place) + "/"
+        return self.prefix.startswith(here) or (self.recursive and here.startswith(self.prefix))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +80,7 @@ class Condition:
         return not self.if_absent and self.if_version is None
 
 
-class FileStore:
+class FileStore(BaseStore):
     """A directory as a store. Made by `Broker.open`. Any number of threads and processes may use the same
     directory."""
 
@@ -77,13 +94,8 @@ class FileStore:
         read_only: bool = False,
         limits: Limits | None = None,
     ) -> None:
-        self.name = name or root.name or "file"
-        self.url = url or root.as_uri()
-        self.problems: list[str] = []
-        self._read_only = read_only
-        self._limits = limits or Limits()
+        super().__init__(name or root.name or "file", url or root.as_uri(), read_only=read_only, limits=limits)
         self._directory = Directory(root, self.name, used)
-        self._closed = False
         with self._explained("open", ""):
             if not read_only and not used:
                 self._directory.make()
@@ -91,45 +103,27 @@ class FileStore:
                 pass
 
     def info(self) -> Info:
-        return Info("file", True, True, True, True, None, self._read_only)
-
-    def check(self) -> Check:
-        return check_store(self)
-
-    def close(self) -> None:
-        self._closed = True
+        return Info(
+            broker="file",
+            atomic_replace=True,
+            conditional_write=True,
+            server_copy=True,
+            server_move=True,
+            read_only=self._read_only,
+            sweeps=True,
+        )
 
     def stat(self, key: str, *, deadline: float | None = None) -> Stat:
         with self._opened("stat", keys.check_readable(key)) as file:
             return _stat(key, os.fstat(file))
 
     def read(self, key: str, start: int = 0, length: int | None = None, *, deadline: float | None = None) -> bytes:
-        if start < 0 or (length is not None and length < 0):
-            raise UsageError(f"{self.name}: read {key}: start and length must not be negative")
+        self._check_range(key, start, length)
         with self._opened("read", keys.check_readable(key)) as file:
             wanted = max(0, os.fstat(file).st_size - start)
             wanted = wanted if length is None else min(length, wanted)
             budget = self._limits.budget(deadline, wanted)
             return self._read(file, key, start, wanted, budget)
-
-    def write(
-        self,
-        key: str,
-        data: bytes,
-        *,
-        if_absent: bool = False,
-        if_version: str | None = None,
-        deadline: float | None = None,
-    ) -> Stat:
-        view = memoryview(data)
-        return self.upload(
-            key,
-            lambda offset, length: bytes(view[offset : offset + length]),
-            len(data),
-            if_absent=if_absent,
-            if_version=if_version,
-            deadline=deadline,
-        )
 
     def upload(
         self,
@@ -156,13 +150,11 @@ class FileStore:
                 self._publish(root, key, (directory, name), condition, budget)
                 return _stat(key, os.fstat(file))
 
-    def list(self, prefix: str = "", *, deadline: float | None = None) -> Iterator[Stat]:
-        reason = keys.why_not_readable(prefix.removesuffix("/")) if prefix else None
-        if reason is not None:
-            raise UsageError(f"{self.name}: list: the prefix {prefix!r} {reason}")
+    def list(self, prefix: str = "", *, recursive: bool = True, deadline: float | None = None) -> Iterator[Stat]:
+        self._check_prefix(prefix)
         with self._rooted("list", prefix) as root:
-            yield from self._walk_from(root, places.plain(prefix)[:-1], prefix, _plain_key)
-            yield from self._walk_from(root, (places.ALTERNATIVE,), prefix, _alternative_key)
+            for names, key_of in ((places.plain(prefix)[:-1], _plain_key), ((places.ALTERNATIVE,), _alternative_key)):
+                yield from self._walk_from(root, names, Listing(prefix, recursive, key_of))
 
     def delete(self, key: str, *, deadline: float | None = None) -> None:
         keys.check_readable(key)
@@ -180,6 +172,51 @@ class FileStore:
                 return os.pread(file, length, offset)
 
             return self.upload(target, piece, size, if_absent=if_absent, deadline=deadline)
+
+    def move(self, source: str, target: str, *, if_absent: bool = False, deadline: float | None = None) -> Stat:
+        keys.check_readable(source)
+        keys.check_writable(target)
+        if source == target:
+            return self.stat(source, deadline=deadline)
+        budget = self._limits.budget(deadline)
+        with self._rooted("move", source, writing=True) as root:
+            with self._directory.lock(root, budget):
+                found = self._find(root, source)
+                if found is None:
+                    raise NotFound(f"{self.name}: move {source}: there is no such object")
+                there = self._find(root, target)
+                self._check(target, Condition(if_absent, None), there)
+                self._move(root, found.place, target, there)
+            return self.stat(target, deadline=deadline)
+
+    def _move(self, root: int, place: Place, target: str, there: Found | None) -> None:
+        """Link under the new name, sync, remove the old one: a crash leaves both, never neither."""
+        source = open_directory(root, place[:-1])
+        try:
+            if there is not None:
+                directory = replace(root, (source, place[-1]), there.place)
+            else:
+                directory = put_at_first(root, (source, place[-1]), (places.plain(target), places.alternative(target)))
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+            remove_file(root, place)
+            os.fsync(source)
+        finally:
+            os.close(source)
+
+    def local_path(self, key: str) -> Path | None:
+        keys.check_readable(key)
+        with self._rooted("find", key) as root:
+            found = self._find(root, key)
+        if found is None:
+            raise NotFound(f"{self.name}: find {key}: there is no such object")
+        return self._directory.path.joinpath(*found.place)
+
+    def sweep(self, older_than_s: float = 86400.0, *, deadline: float | None = None) -> int:
+        with self._rooted("sweep", "", writing=True) as root:
+            return self._directory.sweep(root, older_than_s)
 
     # Reading
     # ----------------------------------------------------------------------------------------------------------
@@ -221,42 +258,43 @@ class FileStore:
             finally:
                 os.close(file)
 
-    def _walk_from(self, root: int, names: Place, prefix: str, key_of: KeyOf) -> Iterator[Stat]:
+    def _walk_from(self, root: int, names: Place, listing: Listing) -> Iterator[Stat]:
         directory = open_if_there(root, names)
         if directory is None:
             return
         try:
-            yield from self._walk(directory, names, prefix, key_of)
+            yield from self._walk(directory, names, listing)
         finally:
             os.close(directory)
 
-    def _walk(self, directory: int, names: Place, prefix: str, key_of: KeyOf) -> Iterator[Stat]:
+    def _walk(self, directory: int, names: Place, listing: Listing) -> Iterator[Stat]:
         with os.scandir(directory) as entries:
             for entry in entries:
                 if not names and entry.name in places.HIDDEN:
                     continue
                 place = (*names, entry.name)
                 if entry.is_dir(follow_symlinks=False):
-                    below = open_if_there(directory, (entry.name,)) if _may_hold(place, prefix) else None
+                    below = open_if_there(directory, (entry.name,)) if listing.may_be_below(place) else None
                     if below is not None:
                         try:
-                            yield from self._walk(below, place, prefix, key_of)
+                            yield from self._walk(below, place, listing)
                         finally:
                             os.close(below)
                 else:
-                    yield from self._listed(entry, place, prefix, key_of(place))
+                    yield from self._listed(entry, place, listing)
 
-    def _listed(self, entry: os.DirEntry[str], place: Place, prefix: str, key: str | None) -> Iterator[Stat]:
+    def _listed(self, entry: os.DirEntry[str], place: Place, listing: Listing) -> Iterator[Stat]:
+        key = listing.key_of(place)
         reason = "is no name of ours" if key is None else keys.why_not_readable(key)
         if reason is None and not entry.is_file(follow_symlinks=False):
             reason = "is no regular file"
-        if reason is None and key is not None and key.startswith(prefix):
+        if reason is not None:
+            self._note_problem("/".join(place), reason)
+        elif key is not None and is_wanted(key, listing.prefix, listing.recursive):
             try:
                 yield _stat(key, entry.stat(follow_symlinks=False))
             except FileNotFoundError:
                 return  # removed since its name was read
-        elif reason is not None and len(self.problems) < PROBLEMS_KEPT:
-            self.problems.append(f"{self.name}: left out of the listing: {'/'.join(place)[:200]!r} {reason}")
 
     # Changes
     # ----------------------------------------------------------------------------------------------------------
@@ -272,12 +310,7 @@ class FileStore:
     ) -> None:
         for offset in range(0, size, PIECE):
             wanted = min(PIECE, size - offset)
-            piece = _asked(source, offset, wanted)
-            if len(piece) != wanted:
-                raise StoreError(
-                    f"{self.name}: upload {key}: the file gave {len(piece)} of {wanted} bytes: it changed meanwhile"
-                )
-            write_all(file, piece)
+            write_all(file, take_piece(self.name, key, partial(_asked, source), offset, wanted))
             if progress is not None:
                 progress(offset + wanted)
             self._check_time("upload", key, budget)
@@ -309,10 +342,7 @@ class FileStore:
 
     @contextmanager
     def _rooted(self, operation: str, key: str, *, writing: bool = False) -> Iterator[int]:
-        if self._closed:
-            raise Unreachable(f"{self.name}: {operation} {key}: the store was closed")
-        if writing and self._read_only:
-            raise urls.read_only_error(self.name, operation)
+        self._begin(operation, key, changes=writing)
         with self._explained(operation, key), self._directory.root(writing=writing) as root:
             yield root
 
@@ -354,18 +384,8 @@ def _alternative_key(place: Place) -> str | None:
     return places.key_of_alternative(place[1:])
 
 
-def _may_hold(place: Place, prefix: str) -> bool:
-    """Whether keys under this directory can start with the prefix."""
-    if place[0] == places.ALTERNATIVE:
-        return True
-    here = "/".join(place) + "/"
-    return here.startswith(prefix) or prefix.startswith(here)
-
-
-class Broker:
+class Broker(BaseBroker):
     """`file:///directory`. Options: `read_only`; `used` says that it was written to before."""
-
-    schemes: tuple[str, ...] = ()
 
     def validate(self, config: Mapping[str, Any]) -> list[str]:
         location = urls.split(config)

@@ -7,14 +7,14 @@ Blocks only where `before` does.
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vfs.errors import ConfigError, Conflict, NotFound, StoreError, StoreTimeout, Unreachable, UsageError
+from vfs.errors import ConfigError, Conflict, NotFound, StoreTimeout
 from vfs.stores import checksums, keys, urls
+from vfs.stores.base import BaseBroker, BaseStore, is_wanted, take_piece
 from vfs.stores.limits import Limits, read_limits
-from vfs.stores.probing import check_store
-from vfs.stores.protocol import Check, Info, Stat
+from vfs.stores.protocol import Info, Stat
 
 
 @dataclass(slots=True)
@@ -30,7 +30,7 @@ _SHARED: dict[str, Objects] = {}
 _OPTIONS = frozenset({"read_only"})
 
 
-class MemoryStore:
+class MemoryStore(BaseStore):
     """Objects in a dictionary. `before(operation, key)` is called ahead of each operation, outside the lock:
     it may sleep or raise, which is how tests make a store slow or broken."""
 
@@ -43,17 +43,20 @@ class MemoryStore:
         limits: Limits | None = None,
         before: Callable[[str, str], None] | None = None,
     ) -> None:
-        self.name = name
-        self.url = f"memory://{name}"
-        self.problems: list[str] = []
+        super().__init__(name, f"memory://{name}", read_only=read_only, limits=limits)
         self.before = before
         self._objects = objects or Objects()
-        self._read_only = read_only
-        self._limits = limits or Limits()
-        self._closed = False
 
     def info(self) -> Info:
-        return Info("memory", True, True, True, True, checksums.MD5, self._read_only)
+        return Info(
+            broker="memory",
+            atomic_replace=True,
+            conditional_write=True,
+            server_copy=True,
+            server_move=True,
+            checksum=checksums.MD5,
+            read_only=self._read_only,
+        )
 
     def stat(self, key: str, *, deadline: float | None = None) -> Stat:
         self._begin("stat", keys.check_readable(key))
@@ -61,8 +64,7 @@ class MemoryStore:
 
     def read(self, key: str, start: int = 0, length: int | None = None, *, deadline: float | None = None) -> bytes:
         self._begin("read", keys.check_readable(key))
-        if start < 0 or (length is not None and length < 0):
-            raise UsageError(f"{self.name}: read {key}: start and length must not be negative")
+        self._check_range(key, start, length)
         end = None if length is None else start + length
         return self._get(key)[0][start:end]
 
@@ -94,26 +96,19 @@ class MemoryStore:
         data = bytearray()
         while len(data) < size:
             wanted = min(checksums.PART, size - len(data))
-            piece = source(len(data), wanted)
-            if len(piece) != wanted:
-                raise StoreError(
-                    f"{self.name}: {key}: the file gave {len(piece)} of {wanted} bytes: it changed meanwhile"
-                )
-            data += piece
+            data += take_piece(self.name, key, source, len(data), wanted)
             if progress is not None:
                 progress(len(data))
             if not budget.left():
                 raise StoreTimeout(f"{self.name}: upload of {key} passed its deadline of {budget.total_s:g} s")
         return self._put(key, bytes(data), if_absent, if_version)
 
-    def list(self, prefix: str = "", *, deadline: float | None = None) -> Iterator[Stat]:
+    def list(self, prefix: str = "", *, recursive: bool = True, deadline: float | None = None) -> Iterator[Stat]:
         self._begin("list", prefix)
-        reason = keys.why_not_readable(prefix.removesuffix("/")) if prefix else None
-        if reason is not None:
-            raise UsageError(f"{self.name}: list: the prefix {prefix!r} {reason}")
+        self._check_prefix(prefix)
         with self._objects.lock:
-            found = [stat for key, (_, stat) in sorted(self._objects.content.items()) if key.startswith(prefix)]
-        return iter(found)
+            every = sorted(self._objects.content.items())
+        return iter([stat for key, (_, stat) in every if is_wanted(key, prefix, recursive)])
 
     def delete(self, key: str, *, deadline: float | None = None) -> None:
         self._begin("delete", keys.check_readable(key), changes=True)
@@ -124,17 +119,25 @@ class MemoryStore:
         self._begin("copy", keys.check_writable(target), changes=True)
         return self._put(target, self._get(keys.check_readable(source))[0], if_absent, None)
 
-    def check(self) -> Check:
-        return check_store(self)
+    def move(self, source: str, target: str, *, if_absent: bool = False, deadline: float | None = None) -> Stat:
+        keys.check_readable(source)
+        self._begin("move", keys.check_writable(target), changes=True)
+        if source == target:
+            return self._get(source)[1]
+        with self._objects.lock:
+            found = self._objects.content.get(source)
+            if found is None:
+                raise NotFound(f"{self.name}: there is no {source}")
+            if if_absent and target in self._objects.content:
+                raise Conflict(f"{self.name}: {target} exists already")
+            self._objects.changes += 1
+            stat = replace(found[1], key=target, version=f"{self._objects.changes}-moved")
+            self._objects.content[target] = (found[0], stat)
+            del self._objects.content[source]
+        return stat
 
-    def close(self) -> None:
-        self._closed = True
-
-    def _begin(self, operation: str, key: str, *, changes: bool = False) -> None:
-        if self._closed:
-            raise Unreachable(f"{self.name}: {operation}: the store was closed")
-        if changes and self._read_only:
-            raise urls.read_only_error(self.name, operation)
+    def _begin(self, operation: str, key: str = "", *, changes: bool = False) -> None:
+        super()._begin(operation, key, changes=changes)
         if self.before is not None:
             self.before(operation, key)
 
@@ -159,10 +162,8 @@ class MemoryStore:
         return Stat(key, stat.size, stat.version, stat.modified_ns, checksum, verified=True)
 
 
-class Broker:
+class Broker(BaseBroker):
     """`memory://name`: for tests and trials. Options: `read_only`."""
-
-    schemes: tuple[str, ...] = ()
 
     def validate(self, config: Mapping[str, Any]) -> list[str]:
         location = urls.split(config)

@@ -13,6 +13,7 @@ Rules that hold for every store:
   replacing an existing object is not atomic).
 - `if_absent` with bytes that are there already, exactly the same, may succeed instead of raising Conflict (a write
   that was sent twice cannot tell its own first try from another's), and `Stat.verified` is then true.
+- `upload` and `write` may put the object under another key (`Info.chooses_keys`): the caller keeps `Stat.key`.
 - An engine that cannot hold an object beside objects below its name (SeaweedFS, with `if_absent`) raises Conflict
   though `stat` finds nothing: use another key.
 - After `StoreTimeout` or `Unreachable` from a change, whether the store made the change is not known: ask
@@ -21,6 +22,7 @@ Rules that hold for every store:
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 
@@ -43,19 +45,45 @@ class Stat:
     verified: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Info:
-    """What a store can do. `broker`: the registry's name. `conditional_write`: `if_absent` and `if_version`
-    are decided by the store itself; without it the store is for a single writer. `checksum`: the kind that
-    `Stat.checksum` can have."""
+    """What a store can do; the contract suite proves each claim, and the layers above ask instead of guessing.
+
+    `broker`: the registry's name. `ranges`: `read` moves only the bytes asked for. `lists`: `list` works (a web
+    server without a listing has none). `atomic_replace`: readers of an object that is replaced see the old one
+    or the new one. `conditional_write`: `if_absent` and `if_version` are decided by the store itself; without it
+    the store is for a single writer. `server_copy`, `server_move`: the bytes do not travel through this machine.
+    `checksum`: the kind that `Stat.checksum` can have. `max_object`: bytes an object may have, where the engine
+    has a limit that is met in practice. `chooses_keys`: an upload may be answered with another key than the one
+    asked for; the caller keeps `Stat.key`. `resumes`: an upload that was interrupted goes on where it was when
+    the same bytes are uploaded to the same key. `sweeps`: interrupted uploads stay until `sweep` removes them.
+    `calculates`: reading makes what is not there, which may take long and cost something: ask it last.
+    """
 
     broker: str
-    ranges: bool
-    conditional_write: bool
-    atomic_replace: bool
-    server_copy: bool
-    checksum: str | None
-    read_only: bool
+    ranges: bool = True
+    lists: bool = True
+    atomic_replace: bool = False
+    conditional_write: bool = False
+    server_copy: bool = False
+    server_move: bool = False
+    checksum: str | None = None
+    read_only: bool = False
+    max_object: int | None = None
+    chooses_keys: bool = False
+    resumes: bool = False
+    sweeps: bool = False
+    calculates: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """What has to be mounted before a broker's store can be used: `driver` as mount(8) knows it (`nfs`, ...),
+    `remote_path` as the driver takes it (`host:/export`), `local_path` where it is to be."""
+
+    driver: str
+    remote_path: str
+    local_path: Path
 
 
 @dataclass(slots=True)
@@ -81,6 +109,21 @@ class Store(Protocol):
     name: str
     url: str
     problems: list[str]
+
+    @property
+    def connected(self) -> bool:
+        """Whether calls are accepted: true from the start, until `disconnect`. Asks nobody."""
+        ...
+
+    def connect(self, credentials: Mapping[str, str] | None = None) -> None:
+        """Accept calls again, with other credentials if some are given (the broker's secret options; they are
+        tried at the next call). Raises ConfigError for credentials this type of store has no use for."""
+        ...
+
+    def disconnect(self) -> None:
+        """Let go of what the store holds (connections, credentials given to `connect`); calls after it raise
+        Unreachable. Calling it again does nothing."""
+        ...
 
     def info(self) -> Info:
         """What this store can do; asks nobody."""
@@ -122,25 +165,36 @@ class Store(Protocol):
         nothing visible. Raises Conflict."""
         ...
 
-    def list(self, prefix: str = "", *, deadline: float | None = None) -> Iterator[Stat]:
-        """All objects whose key starts with `prefix`, lazily; `deadline` bounds the wait for each page. No
-        order is promised."""
+    def list(self, prefix: str = "", *, recursive: bool = True, deadline: float | None = None) -> Iterator[Stat]:
+        """All objects whose key starts with `prefix`, lazily, in pages; `deadline` bounds the wait for each page.
+        Not `recursive`: only those with no `/` after the prefix. No order is promised."""
         ...
 
     def delete(self, key: str, *, deadline: float | None = None) -> None:
-        """Remove one object; no error when there is none."""
+        """Remove one object; no error when there is none. Objects below its name stay."""
         ...
 
     def copy(self, source: str, target: str, *, if_absent: bool = False, deadline: float | None = None) -> Stat:
         """Copy one object inside the store. Raises NotFound, Conflict."""
         ...
 
-    def check(self) -> Check:
-        """Try the store for real, with a probe object that is removed again. Never raises a StoreError."""
+    def move(self, source: str, target: str, *, if_absent: bool = False, deadline: float | None = None) -> Stat:
+        """Give one object another key, replacing what is there. A crash may leave both, never neither. Raises
+        NotFound, Conflict."""
         ...
 
-    def close(self) -> None:
-        """Let go of what the store holds; calls after it are refused."""
+    def local_path(self, key: str) -> Path | None:
+        """Where this machine has the object as an ordinary file to be read, never written; None where it has
+        none. Raises NotFound."""
+        ...
+
+    def sweep(self, older_than_s: float = 86400.0, *, deadline: float | None = None) -> int:
+        """Remove what interrupted uploads left that nobody went on with for `older_than_s` seconds; the number
+        removed. Objects are never touched."""
+        ...
+
+    def check(self) -> Check:
+        """Try the store for real, with a probe object that is removed again. Never raises a StoreError."""
         ...
 
 
@@ -158,4 +212,8 @@ class Broker(Protocol):
 
     def open(self, config: Mapping[str, Any]) -> Store:
         """A store for a validated configuration. Raises ConfigError, Unreachable."""
+        ...
+
+    def volume(self, config: Mapping[str, Any]) -> Volume | None:
+        """What must be mounted first, or None. Raises ConfigError. Looks at nothing."""
         ...

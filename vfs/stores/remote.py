@@ -15,56 +15,65 @@ from typing import Any
 
 from opendal.types import Entry, Metadata
 
-from vfs.errors import Conflict, NotFound, StoreError, UsageError
+from vfs.errors import Conflict, NotFound, StoreError
 from vfs.stores import checksums, keys, remote_config, urls
+from vfs.stores.base import BaseBroker, BaseStore, is_wanted, take_piece
 from vfs.stores.limits import Budget, Limits, read_limits
-from vfs.stores.probing import check_store
-from vfs.stores.protocol import Check, Info, Stat
+from vfs.stores.protocol import Info, Stat
 from vfs.stores.remote_calls import Calls, Condition, MaybeOurs
 from vfs.stores.remote_config import Target
 
 WHOLE_LIMIT = 512 * 1024 * 1024  # bytes; engines without multipart uploads need the object in memory
 COPY_LIMIT = 5 * 1024 * 1024 * 1024  # bytes; S3's limit for one server-side copy
-PROBLEMS_KEPT = 100
 
 
-class RemoteStore:
+class RemoteStore(BaseStore):
     """A store behind opendal. Made by `Broker.open`."""
 
     def __init__(self, target: Target, limits: Limits) -> None:
-        self.name = target.name
-        self.url = target.url
-        self.problems: list[str] = []
+        super().__init__(target.name, target.url, read_only=target.read_only, limits=limits)
+        self._configured = target
         self._target = target
-        self._limits = limits
         self._calls = Calls(target, limits)
 
     def info(self) -> Info:
         can = self._calls.can
         return Info(
-            broker="remote",
-            ranges=True,
+            broker=self._target.scheme,
             conditional_write=self._calls.conditional,
             atomic_replace=not self._calls.by_rename,
             server_copy=can.copy,
+            server_move=can.rename,
             checksum=checksums.MD5 if self._target.scheme == "s3" else None,
             read_only=self._target.read_only or not can.write,
+            max_object=None if can.write_can_multi else WHOLE_LIMIT,
         )
 
-    def check(self) -> Check:
-        return check_store(self)
+    def connect(self, credentials: Mapping[str, str] | None = None) -> None:
+        if not self.connected and not credentials:
+            self._take(self._target)
+        super().connect(credentials)
 
-    def close(self) -> None:
+    def disconnect(self) -> None:
+        super().disconnect()
         self._calls.closed = True
+        self._target = self._configured
+
+    def _use(self, credentials: Mapping[str, str]) -> None:
+        self._take(remote_config.with_credentials(self._configured, credentials))
+
+    def _take(self, target: Target) -> None:
+        before, self._target = self._calls, target
+        self._calls = Calls(target, self._limits)
+        before.closed = True
 
     def stat(self, key: str, *, deadline: float | None = None) -> Stat:
-        keys.check_readable(key)
+        self._begin("stat", keys.check_readable(key))
         return self._stat(key, self._limits.budget(deadline))
 
     def read(self, key: str, start: int = 0, length: int | None = None, *, deadline: float | None = None) -> bytes:
-        keys.check_readable(key)
-        if start < 0 or (length is not None and length < 0):
-            raise UsageError(f"{self.name}: read {key}: start and length must not be negative")
+        self._begin("read", keys.check_readable(key))
+        self._check_range(key, start, length)
         if length == 0:
             return b""
         budget = self._limits.budget(deadline, length or 0)
@@ -84,15 +93,7 @@ class RemoteStore:
     ) -> Stat:
         self._check_change("write", key)
         if len(data) > checksums.PART and self._calls.can.write_can_multi:
-            view = memoryview(data)
-            return self.upload(
-                key,
-                lambda offset, length: bytes(view[offset : offset + length]),
-                len(data),
-                if_absent=if_absent,
-                if_version=if_version,
-                deadline=deadline,
-            )
+            return super().write(key, data, if_absent=if_absent, if_version=if_version, deadline=deadline)
         return self._write(key, data, if_absent, if_version, self._limits.budget(deadline, len(data)))
 
     def upload(
@@ -119,13 +120,12 @@ class RemoteStore:
             return stat
         return self._upload_parts(key, source, size, if_absent, if_version, progress, budget)
 
-    def list(self, prefix: str = "", *, deadline: float | None = None) -> Iterator[Stat]:
-        reason = keys.why_not_readable(prefix.removesuffix("/")) if prefix else None
-        if reason is not None:
-            raise UsageError(f"{self.name}: list: the prefix {prefix!r} {reason}")
-        for entries in self._calls.pages(prefix, deadline):
+    def list(self, prefix: str = "", *, recursive: bool = True, deadline: float | None = None) -> Iterator[Stat]:
+        self._begin("list", prefix)
+        self._check_prefix(prefix)
+        for entries in self._calls.pages(prefix, recursive, deadline):
             for entry in entries:
-                stat = self._listed(entry, prefix)
+                stat = self._listed(entry, prefix, recursive)
                 if stat is not None:
                     yield stat
 
@@ -141,14 +141,25 @@ class RemoteStore:
         self._check_change("copy", target)
         found = self._stat(source, self._limits.budget(deadline))
         if if_absent or not self._calls.can.copy or found.size > COPY_LIMIT:
-            return self._copy_through_here(found, target, if_absent, deadline)
+            return super().copy(source, target, if_absent=if_absent, deadline=deadline)
         budget = self._limits.budget(deadline, found.size)
         self._calls.copy(source, target, found.size, budget)
+        return self._stat(target, budget)
+
+    def move(self, source: str, target: str, *, if_absent: bool = False, deadline: float | None = None) -> Stat:
+        """As the protocol says; by the store itself where it can rename and no condition is given."""
+        keys.check_readable(source)
+        self._check_change("move", target)
+        if source == target or if_absent or not self._calls.can.rename:
+            return super().move(source, target, if_absent=if_absent, deadline=deadline)
+        budget = self._limits.budget(deadline)
+        self._calls.rename(source, target, budget)
         return self._stat(target, budget)
 
     def _check_change(self, operation: str, key: str | None = None) -> None:
         if key is not None:
             keys.check_writable(key)
+        self._begin(operation, key or "")
         if self._target.read_only or not self._calls.can.write:
             raise urls.read_only_error(self.name, operation)
 
@@ -166,16 +177,16 @@ class RemoteStore:
         checksum = checksums.from_etag(found.etag, size) if self._target.scheme == "s3" else None
         return Stat(key, size, version or f"{nanoseconds}-{size}", nanoseconds, checksum)
 
-    def _listed(self, entry: Entry, prefix: str) -> Stat | None:
+    def _listed(self, entry: Entry, prefix: str, recursive: bool) -> Stat | None:
         """What a listing's entry says, or None where it is no object, or one that could not be asked for by
         that name."""
         if entry.metadata.mode.is_dir() or entry.path.endswith("/"):
             return None
         reason = keys.why_not_readable(entry.path)
-        if reason is None and entry.path.startswith(prefix):
+        if reason is not None:
+            self._note_problem(entry.path, reason)
+        elif is_wanted(entry.path, prefix, recursive):
             return self._described(entry.path, entry.metadata)
-        if reason is not None and len(self.problems) < PROBLEMS_KEPT:
-            self.problems.append(f"{self.name}: left out of the listing: {entry.path[:200]!r} {reason}")
         return None
 
     # Changes
@@ -260,25 +271,12 @@ class RemoteStore:
         return stat
 
     def _piece(self, key: str, source: Callable[[int, int], bytes], offset: int, length: int) -> bytes:
-        piece = source(offset, length)
-        if len(piece) != length:
-            raise StoreError(
-                f"{self.name}: upload {key}: the file gave {len(piece)} of {length} bytes: it changed meanwhile"
-            )
-        return piece
-
-    def _copy_through_here(self, found: Stat, target: str, if_absent: bool, deadline: float | None) -> Stat:
-        def source(offset: int, length: int) -> bytes:
-            return self.read(found.key, offset, length)
-
-        return self.upload(target, source, found.size, if_absent=if_absent, deadline=deadline)
+        return take_piece(self.name, key, source, offset, length)
 
 
-class Broker:
+class Broker(BaseBroker):
     """Every remote engine that opendal has: `s3://bucket/prefix`, `gcs://`, `azblob://`,
     `webdav+https://host/path`, ..."""
-
-    schemes: tuple[str, ...] = ()
 
     def validate(self, config: Mapping[str, Any]) -> list[str]:
         read_limits(config)

@@ -98,11 +98,14 @@ class Calls:
     def copy(self, source: str, target: str, size: int, budget: Budget) -> None:
         self._run("copy", source, lambda: self._watched(lambda: self._operator.copy(source, target), size), budget)
 
-    def pages(self, prefix: str, deadline: float | None) -> Iterator[list[Entry]]:
+    def rename(self, source: str, target: str, budget: Budget) -> None:
+        self._run("move", source, lambda: self._in_window(self._operator.rename(source, target)), budget, attempts=1)
+
+    def pages(self, prefix: str, recursive: bool, deadline: float | None) -> Iterator[list[Entry]]:
         """The entries under a prefix, a page at a time; each page has its own budget. May contain directories
         and, on engines that list directories, entries outside the prefix."""
         start = prefix if self._target.scheme in BUCKET_ENGINES else prefix[: prefix.rfind("/") + 1]
-        entries = self._run("list", prefix, lambda: self._open_listing(start), self._limits.budget(deadline))
+        entries = self._run("list", prefix, lambda: self._open_listing(start, recursive), self._limits.budget(deadline))
         last: list[str] = []
         while True:
             page = self._run("list", prefix, lambda: _page(entries), self._limits.budget(deadline), attempts=1)
@@ -117,8 +120,8 @@ class Calls:
             if len(page) < PAGE:
                 return
 
-    async def _open_listing(self, start: str) -> AsyncIterator[Entry]:
-        listing: AsyncIterable[Entry] = await self._in_window(self._listing.list(start, recursive=True))
+    async def _open_listing(self, start: str, recursive: bool) -> AsyncIterator[Entry]:
+        listing: AsyncIterable[Entry] = await self._in_window(self._listing.list(start, recursive=recursive))
         return aiter(listing)
 
     async def _confirm_bucket(self) -> None:

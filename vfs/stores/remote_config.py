@@ -7,7 +7,7 @@ import os
 import re
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import opendal
@@ -35,6 +35,7 @@ _HOST_OPTION = {
 BUCKET_ENGINES = frozenset(_HOST_OPTION)  # these list by prefix, not by directory
 _ALIASES = {"gs": "gcs", "az": "azblob", "azure": "azblob", "https": "http", "ftps": "ftp"}
 _LOCAL = frozenset({"fs", "memory", "moka", "mini-moka", "dashmap", "cacache", "sled", "redb", "persy", "sqlite"})
+_ACCOUNTS = frozenset({"user", "username", "access_key_id", "account_name", "session_token"})  # go with the secrets
 _LITERAL = re.compile(r"Literal\[['\"]([a-z0-9-]+)['\"]\]")
 _PUBLIC_AWS = "amazonaws.com"
 
@@ -78,6 +79,15 @@ def target(config: Mapping[str, Any]) -> Target:
     read_only = urls.truth(config, location, "read_only") or scheme == "http"
     place = options.get("endpoint") or location.host
     return Target(scheme, options, name, location.url, place, read_only, prefix)
+
+
+def with_credentials(target: Target, credentials: Mapping[str, str]) -> Target:
+    """The target with other secrets. Raises ConfigError for what is no secret option of this type of store."""
+    known = service_options(target.scheme)
+    for key in credentials:
+        if key not in known or not (urls.is_secret(key) or key in _ACCOUNTS):
+            raise ConfigError(f"{target.name}: {key}: not a credential of a {target.scheme} store")
+    return replace(target, options={**target.options, **credentials})
 
 
 def warnings(target: Target) -> list[str]:
