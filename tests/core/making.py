@@ -22,6 +22,7 @@ from vfs.scan import walk
 from vfs.session import Session
 from vfs.settings import CacheSettings, ProofSettings, Settings, StoreSettings
 from vfs.stores import Store, register
+from vfs.stores.base import BaseBroker
 from vfs.stores.memory import MemoryStore, Objects
 from vfs.units import Unit
 
@@ -220,10 +221,8 @@ class Hooked(MemoryStore):
         MemoryStore(objects=self._objects).delete(key)
 
 
-class HookedBroker:
+class HookedBroker(BaseBroker):
     """`hooked://name`; the store objects themselves are in `OPENED`."""
-
-    schemes: tuple[str, ...] = ()
 
     def validate(self, config: Mapping[str, Any]) -> list[str]:
         return []

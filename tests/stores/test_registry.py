@@ -68,9 +68,10 @@ class TestBrokers:
 
 
 GOOD = """
+    from vfs.stores.base import BaseBroker
     from vfs.stores.memory import MemoryStore
 
-    class Broker:
+    class Broker(BaseBroker):
         schemes = ("third+x",)
 
         def validate(self, config):

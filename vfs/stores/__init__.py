@@ -8,7 +8,8 @@ A package adds a type of store with an entry point in the group `runfs.brokers`:
     [project.entry-points."runfs.brokers"]
     globus = "my_package.stores:Broker"
 
-and `globus://...` is its URL. A broker is an object, or a class without arguments, as `protocol.Broker` says.
+and `globus://...` is its URL. A broker is an object, or a class without arguments, as `protocol.Broker` says;
+`base.BaseBroker` and `base.BaseStore` have what most of them share.
 It is imported when a URL first asks for it; one that does not import never disturbs the others.
 """
 
@@ -49,7 +50,10 @@ def register(name: str, broker: Broker | type[Broker]) -> None:
     """Add a type of store. Raises ConfigError when the name is taken by another one, or it is no broker."""
     made = broker() if isinstance(broker, type) else broker
     if not isinstance(made, Broker):
-        raise ConfigError(f"broker {name}: {type(made).__name__} has no schemes, validate and open")
+        raise ConfigError(
+            f"broker {name}: {type(made).__name__} has no schemes, validate, open and volume; "
+            "vfs.stores.base.BaseBroker has what most brokers share"
+        )
     with _lock:
         present = _registered.get(name)
         if present is not None and type(present) is not type(made):
