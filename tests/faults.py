@@ -13,6 +13,7 @@ forwarded from then on, also on open connections. Threads, so that it works besi
 """
 
 import contextlib
+import re
 import socket
 import struct
 import threading
@@ -25,10 +26,12 @@ BUSY = (
     b"<Error><Code>SlowDown</Code><Message>busy</Message></Error>"
 )
 PIECE = 65536
+_PASSIVE = re.compile(rb"\(127,0,0,1,(\d+),(\d+)\)")
 
 
 class FaultProxy:
-    """Forwards 127.0.0.1:`port` to 127.0.0.1:`to_port`. `accepted` counts connections since the start."""
+    """Forwards 127.0.0.1:`port` to 127.0.0.1:`to_port`. `accepted` counts connections since the start, `taken` the
+    bytes that clients sent."""
 
     def __init__(self, to_port: int) -> None:
         self.to_port = to_port
@@ -37,6 +40,7 @@ class FaultProxy:
         self.cut_after = 1000
         self.delay_s = 0.2
         self.accepted = 0
+        self.taken = 0
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.port: int = self._listener.getsockname()[1]
         self.endpoint = f"http://127.0.0.1:{self.port}"
@@ -112,6 +116,7 @@ class FaultProxy:
                     self._say_busy(target if answering else source)
                     break
                 if not answering:
+                    self.taken += len(data)
                     if self.mode != "silent":
                         target.sendall(data)
                     continue
@@ -163,3 +168,33 @@ class FaultProxy:
         with contextlib.suppress(OSError):
             connection.shutdown(socket.SHUT_RDWR)
         connection.close()
+
+
+class FtpFaultProxy(FaultProxy):
+    """The same for FTP: the ports for data that the server names are replaced by proxies that misbehave alike."""
+
+    def __init__(self, to_port: int) -> None:
+        super().__init__(to_port)
+        self._data: list[FaultProxy] = []
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, value, trace)
+        for each in self._data:
+            each.__exit__(None, None, None)
+
+    def set(self, mode: str) -> None:
+        super().set(mode)
+        for each in self._data:
+            each.rate, each.cut_after = self.rate, self.cut_after
+            each.set(mode)
+
+    def _answer(self, target: socket.socket, data: bytes, sent: int) -> int:
+        return super()._answer(target, _PASSIVE.sub(self._replaced, data), sent)
+
+    def _replaced(self, found: re.Match[bytes]) -> bytes:
+        proxy = FaultProxy(int(found[1]) * 256 + int(found[2]))
+        proxy.mode, proxy.rate, proxy.cut_after = self.mode, self.rate, self.cut_after
+        self._data.append(proxy.__enter__())
+        return b"(127,0,0,1,%d,%d)" % divmod(proxy.port, 256)

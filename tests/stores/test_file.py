@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -246,6 +247,107 @@ class TestDurability:
         with pytest.raises(StoreTimeout):
             store.upload("u/a", slow, 100 * 2**20, deadline=0.15)
         assert names(store) == set()
+
+
+class TestMoving:
+    def test_the_file_itself_moves(self, store: FileStore, root: Path) -> None:
+        written = store.write("u/a", b"content")
+        number = (root / "u" / "a").stat().st_ino
+        moved = store.move("u/a", "v/b/c", if_absent=True)
+        assert (root / "v" / "b" / "c").stat().st_ino == number
+        assert (moved.size, moved.modified_ns) == (written.size, written.modified_ns)
+        assert not (root / "u").exists()
+
+    def test_to_below_itself_and_back(self, store: FileStore) -> None:
+        store.write("u/a", b"content")
+        store.move("u/a", "u/a/b")
+        assert names(store) == {"u/a/b"}
+        store.move("u/a/b", "u/a")
+        assert names(store) == {"u/a"}
+        assert store.read("u/a") == b"content"
+
+    @pytest.mark.parametrize("target", ["v/new", "v/there"])
+    def test_a_crash_leaves_both_or_the_target_never_neither(self, store: FileStore, root: Path, target: str) -> None:
+        """The process ends after each of the calls that change names; then the move is made again."""
+        for step in range(6):
+            store.write("u/a", b"content")
+            store.write("v/there", b"before")
+            code = (
+                "import os\n"
+                "from vfs.stores import open_store\n"
+                f"store, left = open_store('file://{root}'), {step}\n"
+                "def dying(call):\n"
+                "    def counted(*args, **options):\n"
+                "        global left\n"
+                "        result, left = call(*args, **options), left - 1\n"
+                "        return os._exit(9) if left < 0 else result\n"
+                "    return counted\n"
+                "for name in ('link', 'rename', 'unlink', 'rmdir', 'mkdir'):\n"
+                "    setattr(os, name, dying(getattr(os, name)))\n"
+                f"store.move('u/a', {target!r})\n"
+            )
+            done = subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode
+            found = {stat.key: store.read(stat.key) for stat in store.list()}
+            assert b"content" in (found.get("u/a"), found.get(target))
+            assert found.get(target) in ((None, b"content") if target == "v/new" else (b"before", b"content"))
+            assert set(found) <= {"u/a", "v/there", target}
+            if "u/a" in found:
+                store.move("u/a", target)
+            assert store.read(target) == b"content"
+            assert "u/a" not in names(store)
+            store.delete(target)
+            if done == 0:
+                break
+        assert done == 0
+        assert step > 0
+
+    def test_two_names_of_one_file_become_one(self, store: FileStore, root: Path) -> None:
+        """What a crash between the link and the unlink leaves."""
+        store.write("u/a", b"content")
+        (root / "v").mkdir()
+        os.link(root / "u" / "a", root / "v" / "b")
+        assert store.move("u/a", "v/b").size == 7
+        assert names(store) == {"v/b"}
+        assert store.read("v/b") == b"content"
+
+    def test_races_of_movers(self, store: FileStore) -> None:
+        store.write("u/a", b"content")
+        barrier = threading.Barrier(8)
+
+        def race(number: int) -> bool:
+            barrier.wait(10)
+            try:
+                store.move("u/a", f"v/{number}", if_absent=True)
+            except NotFound:
+                return False
+            return True
+
+        with ThreadPoolExecutor(8) as pool:
+            assert sum(pool.map(race, range(8))) == 1
+        assert len(names(store)) == 1
+
+
+class TestSweeping:
+    def test_by_age_and_never_objects_or_the_lock(self, store: FileStore, root: Path) -> None:
+        store.write("u/a", b"x")
+        os.utime(root / "u" / "a", (1, 1))
+        area = root / places.TEMPORARY
+        for name, age in (("old", 7200), ("young", 60)):
+            (area / name).write_bytes(b"x")
+            os.utime(area / name, (time.time() - age, time.time() - age))
+        os.utime(area / "lock", (1, 1))
+        assert store.sweep(3600) == 1
+        assert {each.name for each in area.iterdir()} == {"lock", "young"}
+        assert store.sweep(30) == 1
+        assert names(store) == {"u/a"}
+
+    def test_an_upload_under_way_is_not_swept(self, store: FileStore) -> None:
+        def source(offset: int, length: int) -> bytes:
+            assert FileStore(store.local_path("u/a").parent.parent).sweep(5) == 0  # type: ignore[union-attr]
+            return bytes(length)
+
+        store.write("u/a", b"x")
+        assert store.upload("u/b", source, 9 * 2**20).size == 9 * 2**20
 
 
 class TestConfiguration:

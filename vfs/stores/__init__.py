@@ -17,9 +17,11 @@ import importlib
 import threading
 from collections.abc import Mapping
 from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple
 
 from vfs.errors import ConfigError
+from vfs.stores import urls
+from vfs.stores.limits import read_limits
 from vfs.stores.protocol import Broker, Check, Info, Stat, Store, Volume
 
 __all__ = [
@@ -27,23 +29,48 @@ __all__ = [
     "Broker",
     "Check",
     "Info",
+    "Nature",
     "Stat",
     "Store",
     "Volume",
     "broker",
     "brokers",
+    "nature",
     "open_store",
     "register",
     "unregister",
     "validate",
+    "volume",
 ]
 
 GROUP = "runfs.brokers"
 REMOTE = "remote"  # takes every scheme that opendal has and nobody else claims
 
-_BUILT_IN = {"file": "vfs.stores.file", "memory": "vfs.stores.memory", REMOTE: "vfs.stores.remote"}
+_BUILT_IN = {
+    "command": "vfs.stores.command_store",
+    "file": "vfs.stores.file",
+    "fsspec": "vfs.stores.fsspec_store",
+    "ftp": "vfs.stores.ftp",
+    "globus": "vfs.stores.globus.store",
+    "http": "vfs.stores.http_store",
+    "machinable": "vfs.stores.machinable_store",
+    "memory": "vfs.stores.memory",
+    "nfs": "vfs.stores.nfs",
+    REMOTE: "vfs.stores.remote",
+    "sftp": "vfs.stores.sftp.store",
+}
+_WITH_TLS = {"ftps": "ftp", "https": "http"}  # the broker of a scheme that is not its own name
 _registered: dict[str, Broker] = {}
 _lock = threading.RLock()  # importing a broker may register others
+
+
+class Nature(NamedTuple):
+    """`read_only`: nothing is pushed there, and it is no copy that counts. `calculates`: asked last, and never for
+    anything but a reader. `wants`: the options that a session should give (`BaseBroker.wants`)."""
+
+    read_only: bool
+    calculates: bool
+    wants: frozenset[str]
 
 
 def register(name: str, broker: Broker | type[Broker]) -> None:
@@ -90,7 +117,7 @@ def open_store(
     ConfigError naming what is wrong, Unreachable for a local store whose disk is not there."""
     config = _config(url_or_config, name, options)
     chosen = _choose(config)
-    chosen.validate(config)
+    _validate(chosen, config)
     return chosen.open(config)
 
 
@@ -99,7 +126,39 @@ def validate(
 ) -> list[str]:
     """Warnings about a store's configuration. Raises ConfigError. Opens no connection."""
     config = _config(url_or_config, name, options)
-    return _choose(config).validate(config)
+    return _validate(_choose(config), config)
+
+
+def volume(
+    url_or_config: str | Mapping[str, Any], name: str | None = None, options: Mapping[str, Any] | None = None
+) -> Volume | None:
+    """What must be mounted on this machine before the store can be used, or None. Raises ConfigError."""
+    config = _config(url_or_config, name, options)
+    return _choose(config).volume(config)
+
+
+def nature(
+    url_or_config: str | Mapping[str, Any], name: str | None = None, options: Mapping[str, Any] | None = None
+) -> Nature:
+    """What is known of a store from its configuration alone. Raises ConfigError."""
+    config = _config(url_or_config, name, options)
+    chosen = _choose(config)
+    calculates = bool(getattr(chosen, "calculates", False))
+    read_only = calculates or bool(getattr(chosen, "read_only", False))
+    return Nature(
+        read_only or urls.truth(config, urls.split(config), "read_only"),
+        calculates,
+        getattr(chosen, "wants", frozenset()),
+    )
+
+
+def _validate(chosen: Broker, config: Mapping[str, Any]) -> list[str]:
+    """The broker's warnings; what is common to all of them is looked at here, whatever the broker does. Raises
+    ConfigError."""
+    warnings = chosen.validate(config)
+    urls.truth(config, urls.split(config), "read_only")
+    read_limits(config)
+    return warnings
 
 
 def _config(
@@ -121,8 +180,11 @@ def _choose(config: Mapping[str, Any]) -> Broker:
     scheme = url.split("://", 1)[0].lower() if isinstance(url, str) and "://" in url else ""
     if not scheme:
         raise ConfigError("a store needs a url such as s3://bucket/prefix or file:///directory")
-    if scheme in brokers() and scheme != REMOTE:
-        return broker(scheme)
+    known = set(brokers()) - {REMOTE}
+    candidates = (_WITH_TLS.get(scheme, scheme), scheme.partition("+")[0])  # ftps://, fsspec+memory://
+    named = next((each for each in candidates if each in known), None)
+    if named is not None:
+        return broker(named)
     return _by_scheme(scheme) or broker(REMOTE)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vfs.errors import ConfigError, StoreError, Unreachable, UsageError
+from vfs.errors import ConfigError, Conflict, StoreError, Unreachable, UsageError
 from vfs.stores import keys, urls
 from vfs.stores.limits import Limits
 from vfs.stores.probing import check_store
@@ -75,6 +75,11 @@ class BaseStore(ABC):
     @abstractmethod
     def delete(self, key: str, *, deadline: float | None = None) -> None: ...
 
+    def read_into(self, key: str, buffer: memoryview, start: int = 0, *, deadline: float | None = None) -> int:
+        data = self.read(key, start, len(buffer), deadline=deadline)
+        buffer[: len(data)] = data
+        return len(data)
+
     def write(
         self,
         key: str,
@@ -93,7 +98,10 @@ class BaseStore(ABC):
         found = self.stat(source, deadline=deadline)
 
         def piece(offset: int, length: int) -> bytes:
-            return self.read(source, offset, length)
+            data = self.read(source, offset, length)
+            if offset + length == found.size and self.stat(source, deadline=deadline).version != found.version:
+                raise Conflict(f"{self.name}: copy {source}: it was replaced while it was copied; try again")
+            return data
 
         return self.upload(target, piece, found.size, if_absent=if_absent, deadline=deadline)
 
@@ -143,6 +151,9 @@ class BaseBroker:
     """The common half of a broker."""
 
     schemes: tuple[str, ...] = ()
+    read_only: bool = False  # every store of this type is for reading only
+    calculates: bool = False  # as `Info.calculates`
+    wants: frozenset[str] = frozenset()  # options that a session gives, where the configuration does not: see `Home`
 
     def volume(self, config: Mapping[str, Any]) -> Volume | None:
         return None

@@ -10,7 +10,7 @@ import json
 import os
 import stat as modes
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -33,10 +33,12 @@ _NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK
 
 
 class Directory:
-    """One store's directory. `used`: it was written to before, so an empty place there is not it."""
+    """One store's directory. `used`: it was written to before, so an empty place there is not it. `guard` may refuse
+    before anything is opened."""
 
-    def __init__(self, root: Path, name: str, used: bool) -> None:
+    def __init__(self, root: Path, name: str, used: bool, guard: Callable[[], None] | None = None) -> None:
         self.path = root
+        self._guard = guard or (lambda: None)
         self._name = name
         self._used = used
         self._identity: str | None = None
@@ -44,6 +46,7 @@ class Directory:
 
     def make(self) -> None:
         """Make the directory itself, where its parent is there."""
+        self._guard()
         if not self.path.exists() and self.path.parent.is_dir():
             self.path.mkdir(exist_ok=True)
             sync_directory(self.path.parent)
@@ -52,6 +55,7 @@ class Directory:
     def root(self, *, writing: bool = False) -> Iterator[int]:
         """A descriptor of the root, after a look at the marker; `writing` makes the marker where none was
         expected."""
+        self._guard()
         try:
             fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
@@ -253,7 +257,7 @@ def remove_file(root: int, place: Place) -> None:
             os.close(directory)
 
 
-def write_all(file: int, data: bytes) -> None:
+def write_all(file: int, data: bytes | memoryview) -> None:
     """Write everything, however many calls it takes."""
     view = memoryview(data)
     while view:
@@ -336,8 +340,24 @@ def _try_lock(file: int) -> bool:
 def _sweep(directory: int, older_than_s: float) -> int:
     stale = [name for name in os.listdir(directory) if name != "lock" and _age(directory, name) > older_than_s]
     for name in stale:
-        remove(directory, name)
+        try:
+            remove(directory, name)
+        except IsADirectoryError:  # an sftp store's claim
+            _sweep_claim(directory, name)
     return len(stale)
+
+
+def _sweep_claim(directory: int, name: str) -> None:
+    claim = open_if_there(directory, (name,))
+    if claim is None:
+        return
+    try:
+        for each in os.listdir(claim):
+            remove(claim, each)
+        with suppress(OSError):  # used again, or gone
+            os.rmdir(name, dir_fd=directory)
+    finally:
+        os.close(claim)
 
 
 def _age(directory: int, name: str) -> float:

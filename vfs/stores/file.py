@@ -82,7 +82,7 @@ class Condition:
 
 class FileStore(BaseStore):
     """A directory as a store. Made by `Broker.open`. Any number of threads and processes may use the same
-    directory."""
+    directory. `guard` is called before the directory is opened or made, and may raise Unreachable."""
 
     def __init__(
         self,
@@ -93,9 +93,10 @@ class FileStore(BaseStore):
         used: bool = False,
         read_only: bool = False,
         limits: Limits | None = None,
+        guard: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(name or root.name or "file", url or root.as_uri(), read_only=read_only, limits=limits)
-        self._directory = Directory(root, self.name, used)
+        self._directory = Directory(root, self.name, used, guard)
         with self._explained("open", ""):
             if not read_only and not used:
                 self._directory.make()
@@ -124,6 +125,15 @@ class FileStore(BaseStore):
             wanted = wanted if length is None else min(length, wanted)
             budget = self._limits.budget(deadline, wanted)
             return self._read(file, key, start, wanted, budget)
+
+    def read_into(self, key: str, buffer: memoryview, start: int = 0, *, deadline: float | None = None) -> int:
+        self._check_range(key, start, len(buffer))
+        with self._opened("read", keys.check_readable(key)) as file:
+            budget, done = self._limits.budget(deadline, len(buffer)), 0
+            while done < len(buffer) and (count := os.preadv(file, [buffer[done : done + PIECE]], start + done)):
+                done += count
+                self._check_time("read", key, budget)
+            return done
 
     def upload(
         self,

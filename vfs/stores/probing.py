@@ -13,14 +13,14 @@ SKEW_LIMIT_S = 60.0  # S3 refuses requests at 15 minutes; people notice wrong da
 PROBE_PREFIX = ".runfs/probe-"
 
 
-def check_store(store: Store) -> Check:
-    """List, write, stat, read back, write again on condition, remove. Failures become sentences in
-    `problems`."""
+def check_store(store: Store, prefix: str = PROBE_PREFIX) -> Check:
+    """List, write, stat, read back, write again on condition, remove; the probe's key starts with `prefix`. Failures
+    become sentences in `problems`."""
     result = Check()
-    key = PROBE_PREFIX + os.urandom(8).hex()
+    key = prefix + os.urandom(8).hex()
     began = time.monotonic()
     try:
-        next(iter(store.list(PROBE_PREFIX)), None)
+        next(iter(store.list(prefix)), None)
         result.reachable = result.readable = True
         result.latency_s = time.monotonic() - began
         if store.info().read_only:

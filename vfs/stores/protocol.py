@@ -57,6 +57,8 @@ class Info:
     has a limit that is met in practice. `chooses_keys`: an upload may be answered with another key than the one
     asked for; the caller keeps `Stat.key`. `resumes`: an upload that was interrupted goes on where it was when
     the same bytes are uploaded to the same key. `sweeps`: interrupted uploads stay until `sweep` removes them.
+    `exact_versions`: each replacement has another `Stat.version`; without it one that follows within the tick of the
+    store's clock, with the same size, may have the same version.
     `calculates`: reading makes what is not there, which may take long and cost something: ask it last.
     """
 
@@ -74,6 +76,7 @@ class Info:
     resumes: bool = False
     sweeps: bool = False
     calculates: bool = False
+    exact_versions: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +138,11 @@ class Store(Protocol):
 
     def read(self, key: str, start: int = 0, length: int | None = None, *, deadline: float | None = None) -> bytes:
         """Exactly the bytes asked for; fewer only where the object ends. Raises NotFound."""
+        ...
+
+    def read_into(self, key: str, buffer: memoryview, start: int = 0, *, deadline: float | None = None) -> int:
+        """Fill a writable buffer with the object's bytes from `start` on, without making another copy of them where
+        the engine allows; fewer only where the object ends. The number of bytes. Raises NotFound."""
         ...
 
     def write(

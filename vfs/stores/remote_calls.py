@@ -16,15 +16,16 @@ import asyncio
 import contextlib
 import itertools
 import os
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from functools import partial
 from typing import Any, TypedDict, TypeVar
 
 import opendal
 from opendal.file import AsyncFile
 from opendal.layers import RetryLayer, TimeoutLayer
-from opendal.types import Entry, Metadata
+from opendal.types import Metadata
 
-from vfs.errors import ConfigError, Conflict, StoreError, Unreachable
+from vfs.errors import ConfigError, Conflict, NotFound, StoreError, Unreachable
 from vfs.stores import checksums, remote_errors
 from vfs.stores.event_loop import event_loop
 from vfs.stores.limits import Budget, Limits
@@ -36,7 +37,6 @@ ATTEMPTS = 4
 FIRST_PAUSE_S = 0.1  # then three times as long each: a refused connection is reported after 1.3 s
 FLIGHTS = 4  # parts of an upload at a time: 8 were not faster and doubled the memory
 TEMPORARY = ".runfs/tmp-"  # where engines that replace non-atomically get the bytes before they are renamed
-PAGE = 1000  # entries handed over at a time: what S3 sends in one answer
 READ_PIECE = 8 * 1024 * 1024  # at most; the engine gives what has arrived
 
 
@@ -51,11 +51,11 @@ class MaybeOurs(Conflict):
     """A condition did not hold, but an earlier try of the same write may have been the one that won."""
 
 
-class _Stalled(Exception):
+class Stalled(Exception):
     """Our own limit ended an attempt."""
 
 
-ATTEMPT_ERRORS: tuple[type[Exception], ...] = (_Stalled, *remote_errors.OPENDAL_ERRORS)
+ATTEMPT_ERRORS: tuple[type[Exception], ...] = (Stalled, *remote_errors.OPENDAL_ERRORS)
 
 
 class Calls:
@@ -64,13 +64,13 @@ class Calls:
     def __init__(self, target: Target, limits: Limits) -> None:
         self._target = target
         self._limits = limits
-        self._operator = _operator(target)
+        self.operator = _operator(target)
         window = limits.window_s
-        self._listing = _retried(self._operator, window, window)
-        self._parts = _retried(self._operator, window, limits.slowest(checksums.PART))
+        self.listing = _retried(self.operator, window, window)
+        self._parts = _retried(self.operator, window, limits.slowest(checksums.PART))
         self._bucket_seen = False
-        self.can = self._operator.capability()
-        self.conditional = self.can.write_with_if_not_exists and self.can.write_with_if_match
+        self.can = self.operator.capability()
+        self.conditional = target.conditions and self.can.write_with_if_not_exists and self.can.write_with_if_match
         self.by_rename = target.scheme == "webdav"  # overwriting there shows readers empty and cut files
         self.closed = False
 
@@ -83,46 +83,54 @@ class Calls:
 
         async def ask() -> Metadata:
             try:
-                found = await self._in_window(self._operator.stat(key))
+                found = await self.in_window(self.operator.stat(key))
             except opendal.exceptions.NotFound:
                 await self._confirm_bucket()
                 raise
             self._bucket_seen = True
             return found
 
-        return self._run("stat", key, ask, budget)
+        return self.run("stat", key, ask, budget)
 
     def delete(self, key: str, budget: Budget) -> None:
-        self._run("delete", key, lambda: self._in_window(self._operator.delete(key)), budget)
+        """Remove one object. It is looked at before: servers that keep objects as files may remove something else, a
+        directory with all that is in it (WebDAV) or an object with the name of the parent (`rclone serve s3`)."""
+
+        async def remove() -> None:
+            with contextlib.suppress(opendal.exceptions.NotFound):
+                if not (await self.in_window(self.operator.stat(key))).mode.is_dir():
+                    await self.in_window(self.operator.delete(key))
+
+        self.run("delete", key, remove, budget)
+
+    def size(self, key: str, budget: Budget) -> int:
+        """The bytes of an object that answered oddly. Raises NotFound where it is a directory."""
+        found = self.stat(key, budget)
+        if found.mode.is_dir():
+            raise NotFound(f"{self._target.name}: read {key}: there is no such object")
+        return found.content_length
 
     def copy(self, source: str, target: str, size: int, budget: Budget) -> None:
-        self._run("copy", source, lambda: self._watched(lambda: self._operator.copy(source, target), size), budget)
+        async def duplicate(into: str) -> None:
+            await self.watched(lambda: self.operator.copy(source, into), size)
+
+        attempt = partial(self._by_rename, target, duplicate) if self.by_rename else partial(duplicate, target)
+        self.run("copy", source, attempt, budget)
 
     def rename(self, source: str, target: str, budget: Budget) -> None:
-        self._run("move", source, lambda: self._in_window(self._operator.rename(source, target)), budget, attempts=1)
+        self.run("move", source, lambda: self._rename(source, target), budget, attempts=1)
 
-    def pages(self, prefix: str, recursive: bool, deadline: float | None) -> Iterator[list[Entry]]:
-        """The entries under a prefix, a page at a time; each page has its own budget. May contain directories
-        and, on engines that list directories, entries outside the prefix."""
-        start = prefix if self._target.scheme in BUCKET_ENGINES else prefix[: prefix.rfind("/") + 1]
-        entries = self._run("list", prefix, lambda: self._open_listing(start, recursive), self._limits.budget(deadline))
-        last: list[str] = []
-        while True:
-            page = self._run("list", prefix, lambda: _page(entries), self._limits.budget(deadline), attempts=1)
-            names = [entry.path for entry in page]
-            if names and names == last:
-                raise StoreError(
-                    f"{self._target.name}: list {prefix}: {self._target.place} repeats the same page for ever"
-                )
-            last = names
-            if page:
-                yield page
-            if len(page) < PAGE:
-                return
+    async def _rename(self, source: str, target: str) -> None:
+        if await self._is_directory(target):  # WebDAV would remove it, with all that is in it, to make room
+            where = f"{self._target.name}: {target}"
+            raise Conflict(f"{where}: there are objects below that name, and no object can be beside them; use another")
+        await self.in_window(self.operator.rename(source, target))
 
-    async def _open_listing(self, start: str, recursive: bool) -> AsyncIterator[Entry]:
-        listing: AsyncIterable[Entry] = await self._in_window(self._listing.list(start, recursive=recursive))
-        return aiter(listing)
+    async def _is_directory(self, key: str) -> bool:
+        try:
+            return (await self.in_window(self.operator.stat(key))).mode.is_dir()
+        except opendal.exceptions.NotFound:
+            return False
 
     async def _confirm_bucket(self) -> None:
         """A missing bucket answers a stat like a missing object. An empty store is believed only when it can
@@ -130,7 +138,7 @@ class Calls:
         if self._bucket_seen or self._target.scheme not in BUCKET_ENGINES:
             return
         with contextlib.suppress(opendal.exceptions.PermissionDenied):  # may read, may not list: as good as seen
-            async for _ in await self._in_window(self._operator.list("", limit=1)):
+            async for _ in await self.in_window(self.operator.list("", limit=1)):
                 break
         self._bucket_seen = True
 
@@ -139,16 +147,19 @@ class Calls:
 
     def read(self, key: str, start: int, length: int | None, budget: Budget) -> bytes:
         """The bytes asked for; fewer only where the object ends."""
-        return self._run("read", key, lambda: self._read(key, start, length), budget)
+        return self.run("read", key, lambda: self._read(key, start, length), budget)
 
     async def _read(self, key: str, start: int, length: int | None) -> bytes:
         try:
             return await self._stream(key, start, length)
         except OSError as error:
-            if length is None or not _beyond_the_end(error):
+            if not is_beyond_the_end(error):
                 raise
-            size = (await self._in_window(self._operator.stat(key))).content_length
-            if start + length <= size:
+            found = await self.in_window(self.operator.stat(key))
+            if found.mode.is_dir():
+                raise NotFound(f"{self._target.name}: read {key}: there is no such object") from None
+            size = found.content_length
+            if start < size and (length is None or start + length <= size):
                 raise  # the object is long enough: the answer was cut
         return await self._stream(key, start, size - start) if start < size else b""
 
@@ -172,51 +183,52 @@ class Calls:
                         in_window = 0
                         window.reschedule(clock() + self._limits.window_s)
         except TimeoutError:
-            raise _Stalled(f"less than {least:.0f} bytes came in {self._limits.window_s:g} s") from None
+            raise Stalled(f"less than {least:.0f} bytes came in {self._limits.window_s:g} s") from None
         if missing:
             raise OSError("Unexpected (temporary) at read => reader got too little data")
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def _opened(self, key: str, start: int, length: int | None) -> AsyncFile:
         if length is None:
-            return await self._operator.open(key, "rb", offset=start)
-        return await self._operator.open(key, "rb", offset=start, size=length)
+            return await self.operator.open(key, "rb", offset=start)
+        return await self.operator.open(key, "rb", offset=start, size=length)
 
     def write(self, key: str, data: bytes, condition: Condition, budget: Budget) -> None:
         """Put one object in one request. Raises Conflict, MaybeOurs."""
         tries = itertools.count(1)
         last = 1
 
+        async def fill(into: str) -> None:
+            await self.watched(lambda: self.operator.write(into, data, **condition), len(data))
+
         async def put() -> None:
             nonlocal last
             last = next(tries)
-            if self.by_rename:
-                await self._put_by_rename(key, data)
-            else:
-                await self._watched(lambda: self._operator.write(key, data, **condition), len(data))
+            await (self._by_rename(key, fill) if self.by_rename else fill(key))
 
         try:
-            self._run("write", key, put, budget)
+            self.run("write", key, put, budget)
         except Conflict as lost:
             if last > 1:
                 raise MaybeOurs(str(lost)) from lost
             raise
 
-    async def _put_by_rename(self, key: str, data: bytes) -> None:
+    async def _by_rename(self, key: str, fill: Callable[[str], Awaitable[None]]) -> None:
+        """Make an object under a temporary key, then give it its own."""
         temporary = _temporary_key()
         try:
-            await self._watched(lambda: self._operator.write(temporary, data), len(data))
-            await self._in_window(self._operator.rename(temporary, key))
+            await fill(temporary)
+            await self._rename(temporary, key)
         except BaseException:
             with contextlib.suppress(*ATTEMPT_ERRORS):  # the first error is the one to report
-                await self._in_window(self._operator.delete(temporary))
+                await self.in_window(self.operator.delete(temporary))
             raise
 
     @contextlib.contextmanager
     def writer(self, key: str, part: int, condition: Condition, budget: Budget) -> "Iterator[PartWriter]":
         """A multipart upload. Without `commit` nothing becomes visible: opendal's file is dropped, never
         closed (its own context manager would publish what was sent so far)."""
-        file = self._run("upload", key, lambda: self._open_parts(key, part, condition), budget)
+        file = self.run("upload", key, lambda: self._open_parts(key, part, condition), budget)
         writer = PartWriter(self, key, file, budget)
         try:
             yield writer
@@ -230,7 +242,7 @@ class Calls:
     # Limits
     # -----------------------------------------------------------------------------------------------------------
 
-    def _run(
+    def run(
         self,
         operation: str,
         key: str,
@@ -259,28 +271,28 @@ class Calls:
             try:
                 return await attempt()
             except ATTEMPT_ERRORS as error:
-                failure = self._explained(error, operation, key)
+                failure = self.explained(error, operation, key)
                 if not failure.temporary or number >= attempts or pause >= budget.left():
                     raise failure from None  # opendal's text has URLs and signatures in it
             await asyncio.sleep(pause)
             pause *= 3
         raise AssertionError("unreachable")
 
-    def _explained(self, error: Exception, operation: str, key: str) -> StoreError:
+    def explained(self, error: Exception, operation: str, key: str) -> StoreError:
         target = self._target
-        if isinstance(error, _Stalled):
+        if isinstance(error, Stalled):
             return remote_errors.timed_out(target.name, target.place, operation, key, str(error))
         return remote_errors.explain(error, target.name, target.place, operation, key, target.secrets())
 
-    async def _in_window(self, awaitable: Awaitable[T]) -> T:
+    async def in_window(self, awaitable: Awaitable[T]) -> T:
         """The answer to a small question, within one window."""
         try:
             async with asyncio.timeout(self._limits.window_s):
                 return await awaitable
         except TimeoutError:
-            raise _Stalled(f"no answer in {self._limits.window_s:g} s") from None
+            raise Stalled(f"no answer in {self._limits.window_s:g} s") from None
 
-    async def _watched(self, begin: Callable[[], Awaitable[T]], size: int) -> T:
+    async def watched(self, begin: Callable[[], Awaitable[T]], size: int) -> T:
         """The end of a request whose progress cannot be seen."""
         clock = asyncio.get_running_loop().time
         end = clock() + self._limits.slowest(size)
@@ -295,7 +307,7 @@ class Calls:
                 if done:
                     return task.result()
                 if clock() >= end:
-                    raise _Stalled(f"{size} bytes were not taken in {self._limits.slowest(size):.0f} s")
+                    raise Stalled(f"{size} bytes were not taken in {self._limits.slowest(size):.0f} s")
                 await self._ask_if_alive()
         finally:
             if not task.done():
@@ -304,9 +316,9 @@ class Calls:
     async def _ask_if_alive(self) -> None:
         """Any answer will do; none within a window means that whatever else is under way hangs."""
         try:
-            await self._in_window(self._operator.stat(".runfs/alive"))
+            await self.in_window(self.operator.stat(".runfs/alive"))
         except remote_errors.OPENDAL_ERRORS as error:
-            if self._explained(error, "stat", "").temporary:
+            if self.explained(error, "stat", "").temporary:
                 raise
 
 
@@ -341,21 +353,12 @@ class PartWriter:
 
     def _wait(self, begin: Callable[[], Awaitable[object]], size: int) -> None:
         calls = self._calls
-        calls._run("upload", self._key, lambda: calls._watched(begin, size), self._budget, attempts=1)
+        calls.run("upload", self._key, lambda: calls.watched(begin, size), self._budget, attempts=1)
 
     def _open_file(self) -> AsyncFile:
         if self._file is None:
             raise StoreError(f"upload {self._key}: it was given up")
         return self._file
-
-
-async def _page(entries: AsyncIterator[Entry]) -> list[Entry]:
-    page: list[Entry] = []
-    async for entry in entries:
-        page.append(entry)
-        if len(page) == PAGE:
-            break
-    return page
 
 
 def _operator(target: Target) -> opendal.AsyncOperator:
@@ -374,8 +377,12 @@ def _retried(operator: opendal.AsyncOperator, question_s: float, transfer_s: flo
     )
 
 
-def _beyond_the_end(error: OSError) -> bool:
-    return remote_errors.kind(error) == "RangeNotSatisfied" or "too little data" in str(error)
+def is_beyond_the_end(error: OSError) -> bool:
+    """Whether the range may begin or end after the object's end, or the key be a directory (WebDAV: 405): something
+    that only a look at the object can tell."""
+    text = str(error)
+    told = "too little data" in text or "status: 416" in text or "status: 405" in text
+    return told or remote_errors.kind(error) == "RangeNotSatisfied"
 
 
 def _temporary_key() -> str:

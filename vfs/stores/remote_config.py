@@ -17,7 +17,7 @@ from vfs.errors import ConfigError
 from vfs.stores import keys, urls
 
 LEAST_SECRET = 6  # characters; replacing anything shorter would garble the messages
-OURS = frozenset({"read_only"})
+OURS = frozenset({"read_only", "conditional_writes"})
 
 # The option of the service that a URL's host stands for.
 _HOST_OPTION = {
@@ -34,6 +34,7 @@ _HOST_OPTION = {
 }
 BUCKET_ENGINES = frozenset(_HOST_OPTION)  # these list by prefix, not by directory
 _ALIASES = {"gs": "gcs", "az": "azblob", "azure": "azblob", "https": "http", "ftps": "ftp"}
+_ELSEWHERE = frozenset({"ftp", "http"})
 _LOCAL = frozenset({"fs", "memory", "moka", "mini-moka", "dashmap", "cacache", "sled", "redb", "persy", "sqlite"})
 _ACCOUNTS = frozenset({"user", "username", "access_key_id", "account_name", "session_token"})  # go with the secrets
 _LITERAL = re.compile(r"Literal\[['\"]([a-z0-9-]+)['\"]\]")
@@ -52,6 +53,7 @@ class Target:
     place: str
     read_only: bool
     prefix: str
+    conditions: bool = True  # False: the server ignores conditions on writes, says the configuration
 
     def secrets(self) -> list[str]:
         """Values that must not appear in any message."""
@@ -76,9 +78,11 @@ def target(config: Mapping[str, Any]) -> Target:
         options["root"] = "/" + prefix
     _add_defaults(scheme, options)
     name = str(config.get("name") or _short_name(scheme, location, prefix))
-    read_only = urls.truth(config, location, "read_only") or scheme == "http"
+    read_only = urls.truth(config, location, "read_only")
     place = options.get("endpoint") or location.host
-    return Target(scheme, options, name, location.url, place, read_only, prefix)
+    given = urls.option(config, location, "conditional_writes")
+    conditions = given is None or urls.truth(config, location, "conditional_writes")
+    return Target(scheme, options, name, location.url, place, read_only, prefix, conditions)
 
 
 def with_credentials(target: Target, credentials: Mapping[str, str]) -> Target:
@@ -98,6 +102,8 @@ def warnings(target: Target) -> list[str]:
         found.append(f"{target.url}: plain http: others on the network can read and change what is sent; use https")
     if target.scheme == "webdav":
         found.append(f"{target.url}: WebDAV has no conditional writes: push to it from one machine only")
+    if target.scheme == "s3" and not target.conditions:
+        found.append(f"{target.url}: conditional_writes is off: push to it from one machine only")
     if target.scheme == "s3" and not _has_credentials(target):
         found.append(
             f"{target.url}: no AWS_ACCESS_KEY_ID in the environment or the configuration: other sources are tried"
@@ -114,15 +120,14 @@ def service_options(scheme: str) -> frozenset[str]:
 
 
 def _scheme(location: urls.Location) -> tuple[str, str | None]:
-    """opendal's service, and the endpoint when the URL is one (`webdav+https://host`, `ftp://host`,
-    `https://host`)."""
+    """opendal's service, and the endpoint when the URL is one (`webdav+https://host`)."""
     service, plus, transport = location.scheme.partition("+")
     scheme = _ALIASES.get(service, service)
     if scheme in _LOCAL:
         raise ConfigError(f"url {location.url}: use file:///directory for a store on this machine")
-    if plus:
-        return scheme, f"{transport}://{location.host}"
-    return scheme, f"{service}://{location.host}" if scheme in ("http", "ftp") else None
+    if scheme in _ELSEWHERE:  # opendal's ftp gives wrong ranges, its http cannot compare answers
+        raise ConfigError(f"url {location.url}: there is a store of its own for {scheme}: leave the broker out")
+    return scheme, f"{transport}://{location.host}" if plus else None
 
 
 def _given_options(config: Mapping[str, Any], location: urls.Location, known: frozenset[str]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from vfs.errors import Conflict, Denied, NotFound, StoreError, StoreFull, StoreT
 
 _CODE = re.compile(r'code: "([^"]*)"')
 _MESSAGE = re.compile(r'message: "([^"]*)"')
-_STATUS = re.compile(r"status: (\d{3})")
+_STATUS = re.compile(r"status: (\d{3})|\b(401) Unauthorized")
 _FULL = re.compile(
     r"InsufficientStorage|QuotaExceeded|No space left|EntityTooLarge|no writable volumes|no free volumes", re.I
 )
@@ -27,6 +27,10 @@ OPENDAL_ERRORS: tuple[type[Exception], ...] = (
     OSError,
     *(each for each in vars(exceptions).values() if isinstance(each, type) and issubclass(each, Exception)),
 )
+
+
+class ServerFailed(Unreachable):
+    """The server answered that it failed itself (500). Some do so where a name is in the way of another."""
 
 
 def kind(error: Exception) -> str:
@@ -62,7 +66,7 @@ def _made(error: Exception, text: str, what: str, place: str) -> StoreError:
         return NotFound(f"{what}: there is no such object")
     if name in ("ConditionNotMatch", "AlreadyExists"):
         return Conflict(f"{what}: somebody else wrote it meanwhile")
-    if name == "PermissionDenied":
+    if name == "PermissionDenied" or _first(_STATUS, text) == "401":
         return Denied(f"{what}: refused ({code or 'permission denied'}); {_advice(code)}")
     if name == "ConfigInvalid":
         return _lasting(Unreachable(f"{what}: {place} says {_short(text)}; check the store's URL"))
@@ -78,12 +82,15 @@ def _made(error: Exception, text: str, what: str, place: str) -> StoreError:
 def _temporary_or_not(error: Exception, text: str, what: str, place: str) -> StoreError:
     if _CONNECT.search(text):
         return Unreachable(f"{what}: no connection to {place} ({_cause(text)}); is it running, and the network up?")
+    if "timeout reached" in text:
+        return _temporary(
+            StoreTimeout(f"{what}: no answer in time; {place} may be overloaded or cut off: runfs stores tries it")
+        )
     temporary = "(temporary)" in text or "(persistent)" in text or kind(error) == "RateLimited"
     status = _first(_STATUS, text)
     if temporary or (status is not None and status.startswith("5")):
-        return _temporary(
-            Unreachable(f"{what}: {place} is not able to answer ({status or _cause(text)}); try again later")
-        )
+        made = ServerFailed if status == "500" else Unreachable
+        return _temporary(made(f"{what}: {place} is not able to answer ({status or _cause(text)}); try again later"))
     if "too little data" in text:
         return _temporary(StoreError(f"{what}: {place} sent fewer bytes than it promised"))
     return StoreError(f"{what}: {place} says {_short(text)}")
@@ -117,7 +124,7 @@ def _cause(text: str) -> str:
 
 def _first(pattern: re.Pattern[str], text: str) -> str | None:
     found = pattern.search(text)
-    return found[1] if found else None
+    return next(filter(None, found.groups()), "") if found else None
 
 
 def _temporary(error: StoreError) -> StoreError:

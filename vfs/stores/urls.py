@@ -16,9 +16,10 @@ from vfs.errors import ConfigError, Denied
 
 COMMON = frozenset({"url", "name", "broker", "used", "deadline_s", "least_throughput", "window_s", "on_close"})
 _SECRET = re.compile(
-    r"secret|password|passwd|token|credential$|access_?key|account_key|encryption_key|customer_key|^key$|sas"
+    r"secret|password|passwd|passphrase|token|credential$|access_?key|account_key|encryption_key|customer_key|^key$|sas"
 )
 _TRUE = frozenset({"1", "true", "yes", "on"})
+_WITH_USER = frozenset({"sftp"})  # a user may stand before the host there, never a password
 _FALSE = frozenset({"0", "false", "no", "off", ""})
 
 
@@ -50,7 +51,8 @@ def split(config: Mapping[str, Any]) -> Location:
         _ = parts.port
     except ValueError as error:
         raise ConfigError(f"url of a store: {error}") from None
-    if "@" in parts.netloc:
+    user_only = parts.scheme.lower() in _WITH_USER and bool(parts.username) and parts.password is None
+    if "@" in parts.netloc and not user_only:
         raise ConfigError(f"url {parts.scheme}://...: no user or password in a URL; {_WHERE}")
     query = dict(parse_qsl(parts.query, keep_blank_values=True))
     for option in query:

@@ -1,0 +1,110 @@
+"""Signing of S3 requests (AWS Signature Version 4), for the few that opendal has no call for.
+
+Used by `s3_parts.py`. Nothing here blocks; the environment is read (AWS_*), never printed. The algorithm:
+https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html
+"""
+
+import hashlib
+import hmac
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from urllib.parse import quote, urlsplit
+
+from vfs.stores.remote_config import Target
+
+_ALGORITHM = "AWS4-HMAC-SHA256"
+# With these, requests have to carry more than a signature, or the credentials come from elsewhere: left to opendal.
+_BEYOND_US = (
+    "profile",
+    "role_arn",
+    "skip_signature",
+    "allow_anonymous",
+    "enable_virtual_host_style",
+    "enable_request_payer",
+    "server_side_encryption",
+    "server_side_encryption_customer_algorithm",
+    "default_acl",
+    "default_storage_class",
+    "checksum_algorithm",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Signer:
+    """Where a bucket is and who asks. Secrets are in it: never printed."""
+
+    endpoint: str
+    bucket: str
+    region: str
+    access_key: str
+    secret_key: str
+    token: str | None
+
+    def __repr__(self) -> str:
+        return f"Signer({self.endpoint}/{self.bucket})"
+
+    def address(self, key: str, query: Mapping[str, str]) -> str:
+        """The URL of an object (or of the bucket, for no key) with this query."""
+        path = quote(
+            f"{urlsplit(self.endpoint).path.rstrip('/')}/{self.bucket}" + (f"/{key}" if key else ""), safe="/~"
+        )
+        parts = urlsplit(self.endpoint)
+        return f"{parts.scheme}://{parts.netloc}{path}?{_canonical_query(query)}"
+
+    def headers(
+        self, method: str, url: str, query: Mapping[str, str], body: bytes, extra: Mapping[str, str] | None = None
+    ) -> dict[str, str]:
+        """The headers of a request, signed for this moment; `extra` go along and are signed, too."""
+        now = datetime.now(UTC)
+        parts = urlsplit(url)
+        given = {
+            "host": parts.netloc,
+            "x-amz-content-sha256": hashlib.sha256(body).hexdigest(),
+            "x-amz-date": now.strftime("%Y%m%dT%H%M%SZ"),
+            **({"x-amz-security-token": self.token} if self.token else {}),
+            **{name.lower(): value for name, value in (extra or {}).items()},
+        }
+        names = sorted(given)
+        lines = [method, parts.path, _canonical_query(query), *(f"{name}:{given[name]}" for name in names), ""]
+        signed = ";".join(names)
+        request = "\n".join([*lines, signed, given["x-amz-content-sha256"]])
+        scope = f"{now:%Y%m%d}/{self.region}/s3/aws4_request"
+        digest = hashlib.sha256(request.encode()).hexdigest()
+        text = "\n".join([_ALGORITHM, given["x-amz-date"], scope, digest])
+        signature = hmac.new(self._signing_key(f"{now:%Y%m%d}"), text.encode(), hashlib.sha256).hexdigest()
+        credential = f"Credential={self.access_key}/{scope}"
+        given["Authorization"] = f"{_ALGORITHM} {credential}, SignedHeaders={signed}, Signature={signature}"
+        del given["host"]  # the client writes it
+        return given
+
+    def _signing_key(self, day: str) -> bytes:
+        key = f"AWS4{self.secret_key}".encode()
+        for part in (day, self.region, "s3", "aws4_request"):
+            key = hmac.new(key, part.encode(), hashlib.sha256).digest()
+        return key
+
+
+def signer(target: Target) -> Signer | None:
+    """A signer for a store, or None where its requests need more than we can give."""
+    options = target.options
+    if target.scheme != "s3" or any(options.get(each, "false") != "false" for each in _BEYOND_US):
+        return None
+    environment: Mapping[str, str] = {} if options.get("disable_config_load") == "true" else os.environ
+    access_key = options.get("access_key_id") or environment.get("AWS_ACCESS_KEY_ID")
+    secret_key = options.get("secret_access_key") or environment.get("AWS_SECRET_ACCESS_KEY")
+    if not access_key or not secret_key:
+        return None
+    token = options.get("session_token") or (
+        None if options.get("access_key_id") else environment.get("AWS_SESSION_TOKEN")
+    )
+    region = options.get("region", "us-east-1")
+    given = options.get("endpoint") or environment.get("AWS_ENDPOINT_URL") or environment.get("AWS_ENDPOINT")
+    endpoint = given or f"https://s3.{region}.amazonaws.com"
+    endpoint = endpoint if "://" in endpoint else f"https://{endpoint}"
+    return Signer(endpoint.rstrip("/"), options["bucket"], region, access_key, secret_key, token)
+
+
+def _canonical_query(query: Mapping[str, str]) -> str:
+    return "&".join(f"{quote(name, safe='~')}={quote(query[name], safe='~')}" for name in sorted(query))
