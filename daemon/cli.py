@@ -10,12 +10,13 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from daemon import cli_admin, cli_mount, complete
+from daemon import cli_admin, cli_mount, cli_records, cli_stores, cli_versions, complete
 from daemon.options import Config, DryRun, Index, Json, Mount, Project, Stores, Uuids
 from daemon.protocol import error_message
 from daemon.target import Target
@@ -230,7 +231,7 @@ def verify(
 def reindex(
     from_: Annotated[
         list[str] | None,
-        typer.Option("--from", metavar="DIR_OR_STORE_URL", help="Where records are; the project's storage by default."),
+        typer.Option("--from", metavar="DIR_OR_STORE", help="Where records are; the project's storage by default."),
     ] = None,
     dry_run: DryRun = False,
     mount: Mount = None,
@@ -240,15 +241,32 @@ def reindex(
     store: Stores = None,
     as_json: Json = False,
 ) -> None:
-    """Rebuild the index from record directories and stores; makes it where there is none. Nothing is overwritten."""
-    sources = [source if "://" in source else os.path.abspath(source) for source in from_ or []]
+    """Rebuild the index from record directories and stores; makes it where there is none. Nothing is overwritten.
+
+    With --store alone everything comes from that store: the records are there as evicted ones.
+    """
+    sources = [source if _is_store(source) else os.path.abspath(source) for source in from_ or []]
     target = Target(mount, index, project, config, tuple(store or ()), create_index=not dry_run)
-    perform(target, "reindex", {"from": sources, "dry_run": dry_run}, as_json=as_json)
+    if store and target.daemon() is not None:  # it has its stores open already: those are meant
+        sources, target = [*sources, *store], replace(target, stores=())
+    args = {"from": sources, "stores": bool(store), "dry_run": dry_run}
+    perform(target, "reindex", args, as_json=as_json)
+
+
+def _is_store(source: str) -> bool:
+    """A URL, or a name that is no directory here."""
+    return "://" in source or ("/" not in source and not os.path.isdir(source))
 
 
 @app.command("import")
 def import_(
-    source: Annotated[str, typer.Argument(metavar="DIR_OR_STORE_URL", help="A record, or a place that holds records.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="DIR_OR_URL_OR_ADDRESS",
+            help="A directory or store URL that holds records; url+https://HOST/ARCHIVE, file+PATH, or link+DIR.",
+        ),
+    ],
     dry_run: DryRun = False,
     mount: Mount = None,
     project: Project = None,
@@ -256,22 +274,17 @@ def import_(
     config: Config = None,
     as_json: Json = False,
 ) -> None:
-    """Take records of another machine or store into this index."""
-    place = source if "://" in source else os.path.abspath(source)
+    """Take records of another machine, store or archive into this index. An address is brought once."""
+    place = source if "://" in source else _absolute(source)
     perform(Target(mount, index, project, config), "import", {"source": place, "dry_run": dry_run}, as_json=as_json)
 
 
-@app.command()
-def stores(
-    mount: Mount = None,
-    project: Project = None,
-    index: Index = None,
-    config: Config = None,
-    store: Stores = None,
-    as_json: Json = False,
-) -> None:
-    """Try each home for real: reachable, readable, writable, how fast, and what it can do."""
-    perform(Target(mount, index, project, config, tuple(store or ())), "stores", {}, as_json=as_json)
+def _absolute(source: str) -> str:
+    """A path, or file+ or link+ and a path, made absolute."""
+    kind, plus, path = source.partition("+")
+    if plus and kind.isalpha() and kind.islower() and not os.path.exists(source):
+        return f"{kind}+{os.path.abspath(os.path.expanduser(path))}" if kind in ("file", "link") else source
+    return os.path.abspath(source)
 
 
 @app.command()
@@ -295,6 +308,10 @@ def doctor(
     perform(Target(mount, index, project, config), "doctor", {}, as_json=as_json)
 
 
+app.add_typer(cli_records.records_app, name="records")
+app.add_typer(cli_stores.stores_app, name="stores")
+app.add_typer(cli_versions.versions_app, name="versions")
+app.add_typer(cli_versions.transaction_app, name="transaction")
 app.add_typer(cli_admin.config_app, name="config")
 app.add_typer(cli_admin.systemd_app, name="systemd")
 
@@ -310,6 +327,9 @@ def record_names(given: Sequence[str] | None) -> list[str]:
     return [_record_name(name) for name in names]
 
 
+cli_versions.use_names(record_names)
+
+
 def _record_name(text: str) -> str:
     from daemon.mounts import mount_around
 
@@ -318,6 +338,8 @@ def _record_name(text: str) -> str:
     path = Path(os.path.abspath(text))
     around = mount_around(path)
     inside = path.relative_to(around.mountpoint).parts if around is not None and around.is_runfs else ()
+    if inside[:1] == (".versions",):
+        inside = inside[1:]
     return inside[0] if inside else str(path)
 
 

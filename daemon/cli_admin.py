@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from daemon.options import Config, DryRun, Index, Json, Project
-from vfs.errors import RunfsError
+from vfs.errors import Refused, RunfsError
 
 config_app = typer.Typer(help="Show, find and check the configuration.", no_args_is_help=True)
 systemd_app = typer.Typer(help="Run mounts as services.", no_args_is_help=True)
@@ -75,6 +75,27 @@ def check(project: Project = None, index: Index = None, config: Config = None, a
         for line in doctor(result, {}):
             print(line)
     raise typer.Exit(result["exit"])
+
+
+@config_app.command("storage-module")
+def storage_module(
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="Where to write it, e.g. runfs_storage.py; else stdout.")
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """A machinable Storage that keeps a project's records in runfs's stores: one module, for the project itself."""
+    from importlib.resources import files
+
+    source = (files("vfs") / "machinable_storage.py").read_text(encoding="utf-8")
+    if file is None:
+        print(source, end="")
+        return
+    if file.exists() and file.read_text(encoding="utf-8", errors="replace") != source:
+        raise Refused(f"{file} is there already and is something else; remove it first, or name another file")
+    if not dry_run:
+        file.write_text(source, encoding="utf-8")
+    print(f"{file}: {'would be ' if dry_run else ''}written; connect it with get({file.stem!r}, {{'store': URL}})")
 
 
 @systemd_app.command("install")

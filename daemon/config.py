@@ -287,7 +287,7 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
 def shown(loaded: Loaded) -> dict[str, Any]:
     """For `runfs config show`: every key with its value and origin, secrets replaced by a word."""
     has_index = "index" in loaded.values
-    settings = (loaded if has_index else _without_index(loaded)).settings()
+    settings = without_index(loaded).settings()
     dump = settings.shown()
     rows = {}
     for key in known_keys():
@@ -308,7 +308,10 @@ def shown(loaded: Loaded) -> dict[str, Any]:
     }
 
 
-def _without_index(loaded: Loaded) -> Loaded:
+def without_index(loaded: Loaded) -> Loaded:
+    """For commands that need no index: where none was found, one that is nowhere stands for it."""
+    if "index" in loaded.values:
+        return loaded
     return Loaded(
         {**loaded.values, "index": Path(os.devnull)}, loaded.origins, loaded.file, loaded.file_found, loaded.warnings
     )
@@ -358,7 +361,7 @@ def checked(loaded: Loaded) -> dict[str, Any]:
 
     add("file", True, f"{loaded.file}{'' if loaded.file_found else ' (there is none: defaults are used)'}")
     has_index = "index" in loaded.values
-    settings = (loaded if has_index else _without_index(loaded)).settings()
+    settings = without_index(loaded).settings()
     add("settings", True, "every key is known and every value fits")
     if not has_index:
         add("index", None, "no index is named or found here", "Set index or project, or run it in a project")

@@ -24,6 +24,7 @@ import trio
 
 from daemon import control, mounts, notify
 from daemon.operations import Operations, OperationsWithAttributes, close_all
+from daemon.passthrough import Passthrough, fuse_descriptors
 from daemon.transfers import Transfers
 from daemon.upkeep import Upkeep
 from vfs import report
@@ -65,22 +66,32 @@ class Mount:
         transfers = Transfers(core, self.files, self.session.hydrator, self.session.pusher)
         self.session.waiting = transfers.waiting
         kind = OperationsWithAttributes if self.session.settings.xattr else Operations
-        operations = kind(self.files, transfers)
+        passthrough = self._passthrough()
+        operations = kind(self.files, transfers, passthrough)
         token = trio.lowlevel.current_trio_token()
         core.commit = partial(_on_loop, token)
         self.upkeep = Upkeep(self.session, self.files)
+        before = fuse_descriptors()
         self._mount(operations)
         try:
+            await passthrough.start(before)
+            self.session.passthrough = lambda: passthrough.state
             with mounts.announced(
                 self.session.settings.runtime_dir, self.mountpoint, self.session.settings.index
             ) as path:
                 await self._serve(path, ready)
         finally:
             self.upkeep.close()
+            passthrough.close()
             with suppress(Exception):
                 pyfuse3.close(unmount=True)
             close_all(operations, self.files)
         return 0
+
+    def _passthrough(self) -> Passthrough:
+        settings = self.session.settings
+        places = [os.fsencode(settings.cache_place), os.fsencode(settings.project_dir)]
+        return Passthrough(self.files, wanted=settings.passthrough == "auto", places=places)
 
     def _mount(self, operations: Operations) -> None:
         settings = self.session.settings
@@ -115,7 +126,7 @@ class Mount:
 
     def _try_stores(self) -> None:
         """One quick question to each store, so that the first line says how it is; never more than a moment."""
-        for home in self.session.core.homes:
+        for home in self.session.core.stores:
             with suppress(Exception), home.watched():
                 next(iter(home.store().list(".runfs/", deadline=min(3.0, home.deadline_s))), None)
 

@@ -10,16 +10,22 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import pyfuse3
 import trio
 
+from daemon.passthrough import PROBE, Passthrough
 from daemon.transfers import Transfers
+from daemon.upkeep import pyfuse3_later
 from vfs.errors import RunfsError
 from vfs.filesystem import Attributes, Caller, Change, FileSystem, Handle, Listing
+from vfs.tree import Inode
 
 log = logging.getLogger(__name__)
+_ASK_FIRST_S = 0.002  # the kernel lets go of a closed file a moment after it has told us
+_ASK_MOST_S = 1.0
 P = ParamSpec("P")
 R = TypeVar("R")
 S = TypeVar("S", bound=pyfuse3.Operations)
@@ -57,10 +63,11 @@ class Operations(pyfuse3.Operations):
     enable_writeback_cache = False
     enable_acl = False
 
-    def __init__(self, files: FileSystem, transfers: Transfers) -> None:
+    def __init__(self, files: FileSystem, transfers: Transfers, passthrough: Passthrough) -> None:
         super().__init__()
         self._files = files
         self._transfers = transfers
+        self._passthrough = passthrough
         self._handles: dict[int, Handle] = {}
         self._listings: dict[int, Listing] = {}
         self._next = 1
@@ -95,6 +102,7 @@ class Operations(pyfuse3.Operations):
             size=attr.st_size if fields.update_size else None,
             atime_ns=attr.st_atime_ns if fields.update_atime else None,
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+            by=ctx.uid,
         )
         handle = self._handles.get(fh) if fh is not None else None
         return entry(await self._transfers.retry(lambda: self._files.setattr(inode, change, handle)))
@@ -187,9 +195,20 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
-        handle = await self._transfers.retry(lambda: self._files.open(inode, flags))
+        if inode == PROBE:
+            return self._passthrough.probe()
+        handle = await self._transfers.retry(lambda: self._files.open(inode, flags, ctx.uid))
         handle.pid = ctx.pid
-        return pyfuse3.FileInfo(fh=self._add(self._handles, handle), keep_cache=handle.keep_cache)
+        return self._answer(handle, keep_cache=handle.keep_cache)
+
+    def _answer(self, handle: Handle, *, keep_cache: bool) -> pyfuse3.FileInfo:
+        """What an open handler returns, as the last thing it does."""
+        fh = self._add(self._handles, handle)
+        try:
+            return self._passthrough.answer(handle, fh, keep_cache=keep_cache)
+        except OSError:
+            self._files.release(self._handles.pop(fh))
+            raise
 
     @handler
     async def create(
@@ -199,8 +218,8 @@ class Operations(pyfuse3.Operations):
         handle, attributes = await self._transfers.retry(
             lambda: self._files.create(parent_inode, name, mode, flags, who)
         )
-        handle.pid = ctx.pid
-        return pyfuse3.FileInfo(fh=self._add(self._handles, handle)), entry(attributes)
+        handle.pid, told = ctx.pid, entry(attributes)
+        return self._answer(handle, keep_cache=True), told
 
     @handler
     async def read(self, fh: int, off: int, size: int) -> bytes:
@@ -217,6 +236,8 @@ class Operations(pyfuse3.Operations):
     @handler
     async def flush(self, fh: int) -> None:
         handle = self._handles[fh]
+        if self._files.catch_up(handle):  # a write through a map is told to nobody
+            forget_attributes(handle.node.ino)
         await self._sync(handle)
         await self._transfers.closed(handle)
 
@@ -231,7 +252,24 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def release(self, fh: int) -> None:
-        self._files.release(self._handles.pop(fh))
+        handle = self._handles.pop(fh)
+        self._passthrough.released(fh)
+        if not self._files.release(handle):
+            trio.lowlevel.spawn_system_task(self._release_later, handle)
+
+    async def _release_later(self, handle: Handle) -> None:
+        """Let go of a file when nobody has it mapped for writing any more, which nobody tells: ask now and then."""
+        wait, over = _ASK_FIRST_S, False
+        while not over:
+            await trio.sleep(wait)
+            wait = min(2 * wait, _ASK_MOST_S)
+            try:
+                if self._files.catch_up(handle):
+                    pyfuse3_later(handle.node.ino)
+                over = self._files.release(handle)
+            except (OSError, RunfsError) as error:
+                log.warning("what was written through a map may be noticed late: %s", error)
+                over = True
 
 
 class OperationsWithAttributes(Operations):
@@ -252,6 +290,12 @@ class OperationsWithAttributes(Operations):
     @handler
     async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         self._files.removexattr(inode, name)
+
+
+def forget_attributes(inode: Inode) -> None:
+    """Have the kernel ask for an open file's attributes anew: that waits for nobody."""
+    with suppress(OSError):  # the kernel does not know it any more
+        pyfuse3.invalidate_inode(inode, attr_only=True)
 
 
 def caller(ctx: pyfuse3.RequestContext) -> Caller:

@@ -8,6 +8,7 @@ Used by the command line; the state of a mount is in `daemon.render_status`. Res
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from daemon import render_stores, render_versions
 from daemon.quantities import count, date, duration, plain, rate, size
 from daemon.render_status import SHOWN, Lines, Result, first, ls, mounted, replica, share, status, table
 
@@ -169,37 +170,16 @@ def reindex(result: Result, args: Mapping[str, Any]) -> Lines:
 def import_(result: Result, args: Mapping[str, Any]) -> Lines:
     would = "would be " if args.get("dry_run") else ""
     failed = [f"{plain(e.get('source'))}: not imported: {plain(e.get('reason'))}" for e in result.get("failed", [])]
-    return [f"{count(len(result.get('imported', [])), 'record')} {would}imported", *failed]
-
-
-def stores(result: Result, args: Mapping[str, Any]) -> Lines:
-    out: Lines = []
-    for store in result.get("stores", []):
-        check = store.get("check") or {}
-        out.append(f"{plain(store['name'])}  {plain(store.get('url'))}  {_checked(check)}")
-        out += [f"  {text}" for text in _abilities(store.get("info") or {})]
-        out += [
-            f"  warning  {plain(text)}" for text in [*(check.get("problems") or []), *(store.get("warnings") or [])]
-        ]
-    return out or ["no store is configured: name one with --store URL, or in the configuration (runfs config path)"]
-
-
-def _checked(check: Mapping[str, Any]) -> str:
-    if not check:
-        return "not checked"
-    names = ("reachable", "readable", "writable")
-    facts = [name if check[name] else f"not {name}" for name in names if check.get(name) is not None]
-    latency = check.get("latency_s")
-    return ", ".join([*facts, *([f"{latency * 1000:,.0f} ms"] if latency is not None else [])])
-
-
-def _abilities(info: Mapping[str, Any]) -> Lines:
-    words = {"ranges": "ranges", "conditional_write": "conditional writes", "server_copy": "copies on the server"}
-    able = [word for key, word in words.items() if info.get(key)]
-    able += [f"{plain(info['checksum'])} checksums"] if info.get("checksum") else []
-    text = f"{plain(info.get('broker', 'store'))}: {', '.join(able) or 'reads and writes only'}"
-    single = "  several hosts must not write here at once" if info.get("conditional_write") is False else ""
-    return [text] + ([single.strip()] if single and not info.get("read_only") else []) if info else []
+    said = f"{count(len(result.get('imported', [])), 'record')} {would}imported"
+    if result.get("already"):
+        said = f"brought already ({date(result['pin'].get('at_ns', 0) / 1e9)}): {_names(result['already'])}"
+    elif result.get("would_bring"):
+        said = f"{plain(result['would_bring'])} would be brought; what is in it is known then"
+    elif result.get("linked"):
+        said += f"; used where {'it would be' if would else 'it is'}, {plain(result['linked'])}, and pinned"
+    pin = result.get("pin") or {}
+    etag = f", ETag {plain(pin['etag'])}" if pin.get("etag") else ""
+    return [said, *([f"pinned reference: {plain(pin['digest'])}{etag}"] if pin.get("digest") else []), *failed]
 
 
 def receipts(result: Result, args: Mapping[str, Any]) -> Lines:
@@ -258,8 +238,14 @@ _RENDERERS: dict[str, Callable[[Result, Mapping[str, Any]], Lines]] = {
     "verify": verify,
     "reindex": reindex,
     "import": import_,
-    "stores": stores,
+    "stores": render_stores.stores,
+    "stores check": render_stores.check,
+    "stores sweep": render_stores.sweep,
     "receipts": receipts,
     "doctor": doctor,
     "umount": umount,
+    "versions": render_versions.versions,
+    "versions restore": render_versions.restore,
+    "versions prune": render_versions.prune,
+    "transaction": render_versions.transaction,
 }

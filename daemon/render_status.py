@@ -29,6 +29,7 @@ def status(result: Result, args: Mapping[str, Any]) -> Lines:
         return [line for path in result["paths"] for line in _path_lines(path)]
     out = [] if result.get("mountpoint") else [f"not mounted: {plain(result.get('index', 'this index'))}"]
     out.append(_states(result.get("states", {})))
+    out += [_transaction(each) for each in result.get("transactions", [])][:SHOWN]
     out += [_moving(move) for move in result.get("moving", [])]
     out += [_waiting(wait) for wait in result.get("waiting", [])]
     out += first([_queued(entry) for entry in result.get("queue", [])], "more are queued")
@@ -66,6 +67,13 @@ def share(move: Mapping[str, Any]) -> str:
     if done is None:
         return ""
     return f"{min(100, int(100 * done / total))} %" if total else size(done)
+
+
+def _transaction(each: Mapping[str, Any]) -> str:
+    """open      transaction of qcmIdGsGCpwS, since 2 h: cleaned the labels"""
+    notes = f": {plain(each['notes'])}" if each.get("notes") else ""
+    since = ago(each.get("since")).removesuffix(" ago")
+    return f"{plain(each.get('state')):<9} transaction of {plain(each.get('uuid'))}, since {since}{notes}"
 
 
 def _left(move: Mapping[str, Any]) -> str:

@@ -61,6 +61,10 @@ class Reporter:
         # Without a path it is about the whole command: one bar, whichever record it has come to.
         names = ("what", "uuid", "path", "store") if event.get("path") else ("what",)
         key = tuple(str(event.get(name, "")) for name in names)
+        if event.get("over"):  # it ended, however far it was
+            if key in self._tasks:
+                bars.remove_task(self._tasks.pop(key))
+            return
         if key not in self._tasks:
             self._tasks[key] = bars.add_task("", total=None, facts="")
         title = " ".join(plain(event[name]) for name in ("what", "path", "uuid", "store") if event.get(name))

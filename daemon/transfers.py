@@ -34,12 +34,12 @@ class Transfers:
         self._hydrator = hydrator
         self._pusher = pusher
         self._token = trio.lowlevel.current_trio_token()
-        self._waiting: dict[int, dict[str, Any]] = {}
+        self._waiting: dict[int, tuple[Needs, Handle | None]] = {}
         self._push_on_close = any(home.on_close == "push" for home in core.homes)
 
     def waiting(self) -> list[dict[str, Any]]:
         """Who waits for which file, for `status`."""
-        return list(self._waiting.values())
+        return [_waiting(needs, handle) for needs, handle in list(self._waiting.values())]
 
     async def have(self, handle: Handle, offset: int, size: int) -> None:
         """Return when these bytes of an open file are here; start what a sequential reader will want next."""
@@ -106,22 +106,15 @@ class Transfers:
                 raise error
 
     async def _wait(self, landed: trio.Event, needs: Needs, seconds: float, handle: Handle | None) -> None:
-        entry = {
-            "pid": handle.pid if handle else None,
-            "process": _name_of(handle.pid) if handle else None,
-            "uuid": needs.uuid,
-            "path": needs.path.decode("utf-8", "replace"),
-            "done": needs.partial.local_bytes,
-            "size": needs.partial.size,
-        }
-        self._waiting[id(landed)] = entry
+        self._waiting[id(landed)] = needs, handle
         try:
             with trio.move_on_after(seconds) as scope:
                 await landed.wait()
         finally:
             del self._waiting[id(landed)]
         if scope.cancelled_caught:
-            error = StoreTimeout(f"{entry['path']} of {needs.uuid}: its bytes did not come within {seconds:.0f} s")
+            path = needs.path.decode("utf-8", "replace")
+            error = StoreTimeout(f"{path} of {needs.uuid}: its bytes did not come within {seconds:.0f} s")
             needs.partial.note_failed(needs.numbers, error)
             raise error
 
@@ -145,6 +138,8 @@ class Transfers:
         unit = handle.node.unit
         if not handle.writable or not self._push_on_close or not unit.dirty:
             return
+        if unit.uuid in self._core.transactions:  # its pushes wait for the commit; the journal has it
+            return
         with trio.move_on_after(self._core.settings.deadline_s) as scope:
             await trio.to_thread.run_sync(self._push_now, unit, abandon_on_cancel=True)
         if scope.cancelled_caught:
@@ -157,6 +152,17 @@ class Transfers:
             raise outcome.failed[0][1]
         if outcome.unsettled:
             raise Refused(f"{unit.uuid}: it is still being written to, so the homes do not have it; it is pushed later")
+
+
+def _waiting(needs: Needs, handle: Handle | None) -> dict[str, Any]:
+    return {
+        "pid": handle.pid if handle else None,
+        "process": _name_of(handle.pid) if handle else None,
+        "uuid": needs.uuid,
+        "path": needs.path.decode("utf-8", "replace"),
+        "done": needs.partial.local_bytes,
+        "size": needs.partial.size,
+    }
 
 
 def _name_of(pid: int) -> str:

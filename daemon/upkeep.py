@@ -22,6 +22,7 @@ from vfs.scan import differs
 from vfs.session import Session
 from vfs.tree import FileNode, Inode, Link
 from vfs.units import Unit
+from vfs.versions import past, transactions
 from vfs.watch import Kind, Watcher
 
 log = logging.getLogger(__name__)
@@ -131,6 +132,9 @@ class Upkeep:
         now, settings = time.monotonic(), self._session.settings.push
         due = []
         for unit in self._core.units.dirty():
+            held = self._core.transactions.get(unit.uuid)
+            if held is not None and held.state == transactions.OPEN:
+                continue
             if unit.uuid in self._busy or self._retry.get(unit.uuid, (0.0, 0.0))[0] > now:
                 continue
             quiet = now - unit.changed_at >= settings.quiet_s and not unit.writers and not self._live(unit)
@@ -153,6 +157,7 @@ class Upkeep:
 
     def _push_now(self, unit: Unit) -> None:
         try:
+            self._session.transactions.resume(unit)
             outcome = self._session.pusher.push(unit)
             error = outcome.failed[0][1] if outcome.failed else None
         except (RunfsError, OSError) as problem:
@@ -317,7 +322,8 @@ class Upkeep:
         self._mark_all(marks)
 
     def _changed(self, unit: Unit) -> bool:
-        if len(self._core.journal.homes(unit.uuid)) < len(self._core.homes):
+        held = {home.store for home in self._core.journal.homes(unit.uuid)}
+        if any(home.name not in held for home in self._core.homes):
             return True
         return bool(differs(unit.base, self._core.journal.known(unit.uuid), shadow=unit.evicted))
 
@@ -336,6 +342,7 @@ class Upkeep:
                 await trio.to_thread.run_sync(self._make_room, wanted, abandon_on_cancel=True)
 
     def _make_room(self, wanted: int) -> None:
+        past.trim_all(self._core)
         try:
             rules = policy.Rules(until_free=wanted)
             candidates = policy.plan(self._core, self._session.evictor, rules)

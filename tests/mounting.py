@@ -54,6 +54,7 @@ class Mounted:
         for url in stores:
             self.command += ["--store", url]
         self.command += options
+        self.program = [sys.executable, "-m", "daemon.cli"]  # what the daemon is started as
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -77,7 +78,7 @@ class Mounted:
         self.path.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "daemon.cli", *self.command],
+                [*self.program, *self.command],
                 cwd=ROOT,
                 env=self.environment,
                 stdin=subprocess.DEVNULL,

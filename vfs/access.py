@@ -19,6 +19,7 @@ from vfs.format import Status, read_header, run_status
 from vfs.fstypes import Attributes, Caller, Handle
 from vfs.tree import FileNode, Link, Node, Tree, View
 from vfs.units import Unit
+from vfs.versions.past import VERSIONS, Past, PastDirectory, PastFile
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 EVICTED = 300.0
 RESIDENT = 0.0
 
+HEADERS = (b"id.json", b".machinable")  # what a record is: written at most as it is already
+
 
 class Access:
     """The tree with the local files behind it."""
@@ -35,6 +38,7 @@ class Access:
     def __init__(self, core: Core) -> None:
         self._core = core
         self.tree = Tree(core.index, core.units)
+        self.past = Past(core, self.tree)
         self.tree.incoming = {os.fsencode(name): path for name, path in core.journal.incoming().items()}
         self._unsynced: dict[str, set[bytes]] = {}  # directories of a unit with names that are not synced yet
         self._started_ns = time.time_ns()
@@ -50,8 +54,10 @@ class Access:
 
     def _find(self, parent: Node, name: bytes) -> Attributes:
         if parent is self.tree.root:
-            node = self.tree.at_root(name)
+            node = self.past.top() if name == VERSIONS else self.tree.at_root(name)
             return self.attributes_of(node)
+        if isinstance(parent, PastDirectory | PastFile):
+            return self.past.attributes(self.past.find(parent, name))
         if isinstance(parent, View):
             return self.attributes_of(self.tree.in_view(parent, name))
         if not isinstance(parent, FileNode):
@@ -64,6 +70,8 @@ class Access:
         return self.attributes_of(self.tree.get(ino))
 
     def attributes_of(self, node: Node) -> Attributes:
+        if isinstance(node, PastDirectory | PastFile):
+            return self.past.attributes(node)
         if isinstance(node, FileNode):
             return self._describe(node, self._stat(node))
         if isinstance(node, Link):
@@ -108,7 +116,7 @@ class Access:
             status.st_blocks,
             status.st_rdev,
             status.st_atime_ns,
-            status.st_mtime_ns,
+            self._core.mtime(status) if node.unit.evicted else status.st_mtime_ns,
             self._core.ctime(status) if node.unit.evicted else status.st_ctime_ns,
             timeout,
             timeout,
@@ -132,12 +140,16 @@ class Access:
     def _files(self, ino: int) -> FileNode:
         """The directory node in which names can be made. Raises EPERM, EROFS outside records."""
         node = self.tree.get(ino)
+        if isinstance(node, PastDirectory):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         if isinstance(node, FileNode):
             return node
         raise PermissionError(errno.EPERM, "only records and their files can be changed here")
 
     def _reach(self, node: FileNode, handle: Handle | None) -> int:
         """An O_PATH descriptor of a node itself, also when it has no name any more."""
+        if isinstance(node, PastFile):
+            raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))  # it has no file of its own here
         if not node.named:
             for other in [handle, *node.handles]:
                 if isinstance(other, Handle):
@@ -163,6 +175,8 @@ class Access:
         node = self.tree.get(ino)
         if isinstance(node, Link):
             return node.target
+        if isinstance(node, PastFile) and node.file is not None:
+            return node.file.target
         if not isinstance(node, FileNode) or not isinstance(node.parent, FileNode):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         with self._directory(node.parent) as fd:
@@ -178,7 +192,7 @@ class Access:
 
     def _change(self, node: FileNode) -> None:
         """Note durably that a unit changes, before it does."""
-        if self._core.settings.read_only:
+        if self._core.settings.read_only or isinstance(node, PastFile):
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         self._core.units.mark_dirty(node.unit, "changed through the mount")
 
@@ -225,7 +239,7 @@ class Access:
         goes on with such a run by writing its header once more; and the marker of an evicted record, which machinable
         writes first when it takes the place for a new record."""
         directory = node.parent
-        if node.name not in (b"id.json", b".machinable") or not isinstance(directory, FileNode):
+        if node.name not in HEADERS or not isinstance(directory, FileNode):
             return False
         if not self._is_indexed(directory):
             return False

@@ -25,7 +25,7 @@ _T = TypeVar("_T")
 _AT_ONCE = 4  # units moved in parallel; each moves its files in parallel itself
 
 
-def _each(items: Iterable[_T], call: Callable[[_T], None], progress: "Progress") -> None:
+def each_of(items: Iterable[_T], call: Callable[[_T], None], progress: "Progress") -> None:
     """Do something for each item, a few at once, until nobody listens any more."""
     with ThreadPoolExecutor(_AT_ONCE, "command") as pool:
 
@@ -89,7 +89,7 @@ def evict_candidates(
         for candidate in ready:
             one(candidate)
     else:
-        _each(ready, one, progress)
+        each_of(ready, one, progress)
     enough = rules.until_free is None or policy.free_bytes(place) >= rules.until_free
     failed = bool(stay) if rules.uuids else not enough
     return {
@@ -185,7 +185,7 @@ def hydrate(session: "Session", args: dict[str, Any], progress: "Progress") -> d
             done.append({"uuid": unit.uuid, "bytes": size, "restored": restore})
         progress({"what": "hydrate", "uuid": unit.uuid, "done": len(done)})
 
-    _each(named_units(session, args), one, progress)
+    each_of(named_units(session, args), one, progress)
     size = sum(each["bytes"] for each in done)
     return {"hydrated": done, "failed": failed, "bytes": size, "exit": int(bool(failed))}
 
@@ -253,7 +253,7 @@ def push(session: "Session", args: dict[str, Any], progress: "Progress") -> dict
             failed.append({"uuid": unit.uuid, "store": "", "reason": "a file of it is being written to; push again"})
         progress({"what": "push", "uuid": unit.uuid, "done": len(pushed)})
 
-    _each(named_units(session, args), one, progress)
+    each_of(named_units(session, args), one, progress)
     return {"pushed": pushed, "failed": failed, "exit": int(bool(failed))}
 
 
@@ -278,7 +278,7 @@ def verify(session: "Session", args: dict[str, Any], progress: "Progress") -> di
                 bad.append({"uuid": unit.uuid, "path": path, "store": home.name, "reason": reason})
         progress({"what": "verify", "uuid": unit.uuid, "done": totals["checked"]})
 
-    _each(named_units(session, args), one, progress)
+    each_of(named_units(session, args), one, progress)
     return {**totals, "bad": bad, "exit": int(bool(bad))}
 
 

@@ -20,7 +20,7 @@ import stat
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from vfs import faults, linux
@@ -173,7 +173,12 @@ class Partial:
         self.users = 0
         self.flying: dict[int, object] = {}
         self.failed: dict[int, tuple[float, RunfsError]] = {}  # when and why a chunk could not be brought
+        self.mtime_ns = status.st_mtime_ns  # of the record's file; arriving bytes move that of the inode for a moment
         self.lock = threading.RLock()
+        self._quiet = threading.Condition(self.lock)
+        self._filling: set[int] = set()
+        self._saving = threading.Lock()  # taken before `lock`
+        self._saved_sequence = 0
         self._waiting: dict[int, list[Callable[[RunfsError | None], None]]] = {}
         self._here = bytearray(chunk_count(header.size))
         self._left = len(self._here)
@@ -183,7 +188,7 @@ class Partial:
                 self._set(number)
         if header.changed:  # it was cut, and ended before it could say so: what was cut off is nobody's to bring
             self._cut(status.st_size)
-        self._unsaved = self._left == 0  # then the attribute has nothing more to say, and goes with the next save
+        self._sequence = int(self._left == 0)  # then the attribute has nothing more to say, and goes with the next save
 
     def _set(self, number: int) -> None:
         if not self._here[number]:
@@ -197,7 +202,7 @@ class Partial:
     @property
     def unsaved(self) -> bool:
         """Whether something came or was changed since the last `save`."""
-        return self._unsaved
+        return self._sequence != self._saved_sequence
 
     @property
     def local_bytes(self) -> int:
@@ -212,22 +217,43 @@ class Partial:
         with self.lock:
             return [number for number in range(offset // CHUNK, end) if not self._here[number]]
 
-    def fill(self, number: int, data: bytes | memoryview) -> None:
-        """Write a checked chunk. A chunk that became local meanwhile (it was overwritten) is left alone."""
+    def fill(self, first: int, data: bytes | memoryview) -> None:
+        """Write checked chunks that follow each other, from number `first` on. Chunks that became local meanwhile
+        (they were overwritten) are left alone. The lock is not held while bytes are copied: readers go on."""
+        view = memoryview(data)
         with self.lock:
-            if number >= len(self._here) or self._here[number]:
-                return
-            before, offset = os.fstat(self.fd), number * CHUNK
+            times = os.fstat(self.fd)
             # Never beyond the end: a file that was cut before a crash, and could not say so, stays cut.
-            view = memoryview(data)[: max(before.st_size - offset, 0)]
-            while view:
-                written = os.pwrite(self.fd, view, offset)
-                view, offset = view[written:], offset + written
+            view = view[: max(times.st_size - first * CHUNK, 0)]
+            mine = [n for n in range(first, first + chunk_count(len(view))) if self._may_fill(n)]
+            self._filling.update(mine)
+        filled: list[int] = []
+        try:
+            for start, end in _runs_of(mine):
+                _write_whole(self.fd, view[(start - first) * CHUNK : (end - first) * CHUNK], start * CHUNK)
             faults.point("cache.filled")
-            if not self.changed:  # arriving bytes are no change: the times stay those of the record
-                os.utime(self.fd, ns=(before.st_atime_ns, before.st_mtime_ns))
-            self._set(number)
-            self._unsaved = True
+            filled = mine
+        finally:
+            self._filled(mine, filled, times)
+
+    def _may_fill(self, number: int) -> bool:
+        return number < len(self._here) and not self._here[number] and number not in self._filling
+
+    def _filled(self, tried: list[int], numbers: list[int], times: os.stat_result) -> None:
+        with self.lock:
+            if tried and not self.changed:  # arriving bytes are no change: the times stay those of the record
+                os.utime(self.fd, ns=(times.st_atime_ns, self.mtime_ns))
+            for number in numbers:
+                self._set(number)
+                self._sequence += 1
+            self._filling.difference_update(tried)
+            self._quiet.notify_all()
+
+    def _wait_for_fills(self, numbers: Iterable[int]) -> None:
+        """Before a change: bytes that are just being copied in must not come after it."""
+        wanted = frozenset(numbers)
+        while not self._filling.isdisjoint(wanted):
+            self._quiet.wait()
 
     def arrived(self, numbers: Iterable[int], error: RunfsError | None) -> None:
         """Wake who waits for these chunks, with an error if they could not be brought."""
@@ -288,6 +314,7 @@ class Partial:
         a chunk's border, so that no chunk is half old, half new.
         """
         with self.lock:
+            self._wait_for_fills(range(offset // CHUNK, chunk_count(offset + len(data))))
             covered = self.missing(offset, len(data))
             self._begin_change()
             written = os.pwrite(fd, data, offset)
@@ -299,7 +326,7 @@ class Partial:
                 covered = whole
             for number in covered:
                 self._set(number)
-            self._unsaved = True
+            self._sequence += 1
             if written <= 0 < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return written
@@ -307,16 +334,18 @@ class Partial:
     def truncate(self, size: int, fd: int) -> None:
         """Cut or extend the file to `size`; what lies beyond is nobody's to bring. Its edge is here already."""
         with self.lock:
+            self._wait_for_fills(range(size // CHUNK, len(self._here)))
             edge = size // CHUNK
             if size % CHUNK and size < self.size and not any(first <= edge < end for first, end in self._saved):
-                self.save()  # else the chunk that is cut through could be brought again, whole
+                os.fdatasync(self.fd)
+                self._mark(self._runs())  # else the chunk that is cut through could be brought again, whole
             self._begin_change()
             os.ftruncate(fd, size)
             faults.point("cache.cut")
             if self._cut(size):  # at once: were it lost, a later extension would show the old bytes again
                 self._saved = _united(self._saved, (chunk_count(size), len(self._here)))
                 write_header(self.fd, Header(self.digest, self.size, True, self._saved))
-            self._unsaved = True
+            self._sequence += 1
 
     def _cut(self, size: int) -> bool:
         """Take all chunks from `size` on as local; whether one of them was not."""
@@ -344,21 +373,32 @@ class Partial:
         return tuple(runs)
 
     def save(self) -> None:
-        """Make durable what is here: data first, then the attribute. A complete file becomes an ordinary one."""
-        with self.lock:
-            if not self._unsaved:
+        """Make durable what is here: data first, then the attribute. A complete file becomes an ordinary one.
+
+        The lock is not held while the disk works. What comes meanwhile is left for the next save.
+        """
+        with self._saving:
+            while self.unsaved:
+                with self.lock:
+                    sequence, runs, saved = self._sequence, self._runs(), self._saved
+                os.fdatasync(self.fd)
+                faults.point("cache.save.synced")
+                with self.lock:
+                    if self._saved is not saved:
+                        continue  # it was cut meanwhile: the attribute says more than these runs
+                    self._mark(runs)
+                faults.point("cache.save.marked")
+                os.fsync(self.fd)
+                self._saved_sequence = sequence
                 return
-            os.fdatasync(self.fd)
-            faults.point("cache.save.synced")
-            runs = self._runs()
-            if self._left:
-                write_header(self.fd, Header(self.digest, self.size, self.changed, runs))
-            elif read_header(self.fd) is not None:
-                clear_header(self.fd)
-            self._saved = runs
-            faults.point("cache.save.marked")
-            os.fsync(self.fd)
-            self._unsaved = False
+
+    def _mark(self, runs: tuple[tuple[int, int], ...]) -> None:
+        """Say in the attribute that these chunks are local."""
+        if sum(end - first for first, end in runs) < len(self._here):
+            write_header(self.fd, Header(self.digest, self.size, self.changed, runs))
+        elif read_header(self.fd) is not None:
+            clear_header(self.fd)
+        self._saved = runs
 
     def close(self) -> None:
         """Save and give the descriptor back. Nobody uses the object any more."""
@@ -366,6 +406,25 @@ class Partial:
             self.save()
         finally:
             os.close(self.fd)
+
+
+def _runs_of(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Ascending numbers as half-open ranges."""
+    first = end = -1
+    for number in numbers:
+        if number != end:
+            if end > first:
+                yield first, end
+            first = number
+        end = number + 1
+    if end > first:
+        yield first, end
+
+
+def _write_whole(fd: int, view: memoryview, offset: int) -> None:
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
 
 
 def _united(runs: tuple[tuple[int, int], ...], tail: tuple[int, int]) -> tuple[tuple[int, int], ...]:

@@ -7,34 +7,42 @@ at their first use, so a mount needs no network. Thread-safe where its members a
 import logging
 import os
 import threading
-import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from vfs import cache
-from vfs.errors import Full, RunfsError, StoreError
+from vfs.errors import Full, RunfsError, UsageError
+from vfs.events import Events
 from vfs.index import Index
 from vfs.journal import Journal
 from vfs.manifest import Content
 from vfs.moves import Moves
 from vfs.settings import Settings, StoreSettings
-from vfs.stores import Store, keys, open_store
+from vfs.stores import Nature, Store, nature, open_store
+from vfs.stores.health import Health
+from vfs.stores.observed import ObservedStore
 from vfs.units import Unit, Units
+from vfs.wire import data_key as data_key
+from vfs.wire import manifest_key as manifest_key
+from vfs.wire import plain_key as plain_key
 
 log = logging.getLogger(__name__)
 
 _CONTENTS_KEPT = 256  # digests of recently read files; a 10 GiB file's are 320 kB
 _TROUBLES_KEPT = 1000  # files that could not be read, with the reason
-_HEALTH_S = 30.0  # how long a store that failed is asked last
 
 
-class Home:
-    """A configured store: opened at first use, with its health as reads and pushes found it."""
+class Home(Health):
+    """A configured store: opened at first use, with its health as reads and pushes found it. What is set and deleted in
+    it is published to `events`."""
 
-    def __init__(self, settings: StoreSettings, defaults: Settings, journal: Journal) -> None:
+    def __init__(self, settings: StoreSettings, defaults: Settings, journal: Journal, events: Events) -> None:
+        super().__init__()
+        self.events = events
         self.settings = settings
         self.name = settings.name
         self.url = settings.url
@@ -42,9 +50,7 @@ class Home:
         self._journal = journal
         self._store: Store | None = None
         self._lock = threading.Lock()
-        self.error: str | None = None
-        self.failed_at = 0.0
-        self.latency_s: float | None = None
+        self._nature = nature_of(settings)
 
     @property
     def on_close(self) -> str:
@@ -59,42 +65,46 @@ class Home:
         own = self.settings.least_throughput
         return own if own is not None else self._defaults.least_throughput
 
+    @property
+    def read_only(self) -> bool:
+        """Whether the store is a source only: nothing is pushed there, and it is no copy that counts."""
+        return self._nature.read_only
+
+    @property
+    def calculates(self) -> bool:
+        """Whether the store makes what it is asked for: asked last, for a reader that waits."""
+        return self._nature.calculates
+
+    def _given(self) -> dict[str, str]:
+        """What a store that works with a directory of its own, or with the index, is told of ours."""
+        place = self._defaults.cache_place / ".whole" / self.name
+        given = {"place": str(place), "index": str(self._defaults.index)}
+        return {key: value for key, value in given.items() if key in self._nature.wants}
+
     def store(self) -> Store:
         """The open store. Raises ConfigError, StoreError."""
         with self._lock:
             if self._store is None:
-                self._store = open_store(
+                opened = open_store(
                     self.url,
                     self.name,
                     {
                         "deadline_s": self.deadline_s,
                         "least_throughput": self.least_throughput,
                         "used": self._journal.note(f"store used {self.name}") == self.url,
+                        **self._given(),
                         **self.settings.options,
                     },
                 )
+                if isinstance(opened, _Telling):
+                    opened.events = self.events
+                self._store = ObservedStore(opened, self.events)
             return self._store
 
     def was_used(self) -> None:
         """Remember that this store holds something of ours, so that an empty one in its place is noticed."""
         if self._journal.note(f"store used {self.name}") != self.url:
             self._journal.set_note(f"store used {self.name}", self.url)
-
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Take the outcome of what is done inside into the store's health."""
-        began = time.monotonic()
-        try:
-            yield
-        except StoreError as error:
-            if error.temporary:
-                self.error, self.failed_at = str(error), time.monotonic()
-            raise
-        self.error, self.latency_s = None, time.monotonic() - began
-
-    @property
-    def healthy(self) -> bool:
-        return self.error is None or time.monotonic() - self.failed_at > _HEALTH_S
 
     def close(self) -> None:
         with self._lock:
@@ -103,19 +113,19 @@ class Home:
                 self._store = None
 
 
-def manifest_key(uuid: str) -> str:
-    """Where a record's manifest is in a store: the one commit point."""
-    return f".runfs/{uuid}/manifest.json"
+@runtime_checkable
+class _Telling(Protocol):
+    """A store that tells what it does by itself, such as running a command."""
+
+    events: Events
 
 
-def data_key(uuid: str, digest: bytes) -> str:
-    """Where a later content of a record is."""
-    return f".runfs/{uuid}/data/{digest.hex()}"
-
-
-def plain_key(uuid: str, path: bytes) -> str:
-    """Where a path's first content is: an object any tool can read."""
-    return f"{uuid}/{keys.encode(path)}"
+def nature_of(settings: StoreSettings) -> Nature:
+    """What can be told of a store before it is opened; one that is configured wrongly says so when it is used."""
+    try:
+        return nature(settings.url, settings.name, settings.options)
+    except UsageError:
+        return Nature(False, False, frozenset())
 
 
 @dataclass(slots=True)
@@ -135,10 +145,14 @@ class Core:
         self.index = index
         self.journal = journal
         settings.cache_place.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.units = Units(index, journal, settings.cache_place)
-        self.homes = [Home(store, settings, journal) for store in settings.stores]
-        self.sources: list[Home] = []  # read from for a while (import); never pushed to
-        self.moves = Moves()
+        self._cache_place = settings.cache_place
+        self.units = Units(index, journal, self._cache_place)
+        self.events = Events()
+        stores = [Home(store, settings, journal, self.events) for store in settings.stores]
+        self.homes = [store for store in stores if not store.read_only]
+        self.sources = [store for store in stores if store.read_only]  # and, for a while, what is imported from
+        self.moves = Moves(self.events)
+        self.transactions = journal.transactions()  # as the journal has them; `vfs.versions.transactions` changes it
         self.commit: Callable[[Callable[[], None]], None] = lambda call: call()
         self.content_changed: list[Callable[[Unit], None]] = []
         self._troubles: OrderedDict[tuple[str, bytes], tuple[str, set[int]]] = OrderedDict()
@@ -156,13 +170,18 @@ class Core:
         for partial in self._partials.values():
             partial.close()
         self._partials.clear()
-        for home in self.homes:
+        for home in self.stores:
             home.close()
         self.journal.close()
         self.index.close()
 
+    @property
+    def stores(self) -> list[Home]:
+        """Homes and sources: what is read from, tried and shown."""
+        return [*self.homes, *self.sources]
+
     def home(self, name: str) -> Home:
-        for home in self.homes:
+        for home in self.stores:
             if home.name == name:
                 return home
         raise RunfsError(f"no store is called {name}; `runfs stores` shows those that are")
@@ -243,6 +262,12 @@ class Core:
             if partial.users == 0 and not self._closed:
                 self._behind.submit(self._settle, partial)
 
+    def behind(self, call: Callable[[], None]) -> None:
+        """Have something done by a thread of our own, after what waits there; not any more once this is closed."""
+        with self._lock:
+            if not self._closed:
+                self._behind.submit(call)
+
     def settle(self) -> None:
         """Wait until what was released before is saved and closed."""
         self._behind.submit(lambda: None).result()
@@ -310,11 +335,16 @@ class Core:
             return held.shown
         return status.st_ctime_ns
 
+    def mtime(self, status: os.stat_result) -> int:
+        """The mtime to show for an inode, in ns: bytes that are just being copied in do not count."""
+        partial = self._partials.get((status.st_dev, status.st_ino))
+        return status.st_mtime_ns if partial is None or partial.changed else partial.mtime_ns
+
     # --- space -------------------------------------------------------------------------------------------------
 
     def need_space(self, size: int) -> None:
         """Raise Full when `size` more bytes would not fit into the cache's file system."""
-        room = os.statvfs(self.settings.cache_place)
+        room = os.statvfs(self._cache_place)
         if room.f_bavail * room.f_frsize < size + (16 << 20):  # the journal and small files need some too
             raise Full(
                 f"no space in {self.settings.cache_place} for {size:,} bytes more; "

@@ -4,9 +4,9 @@ import os
 import platform
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,40 +14,32 @@ from vfs import cache, policy
 from vfs.core import Home
 from vfs.errors import RunfsError
 from vfs.format import read_header
-from vfs.stores import validate
+from vfs.stores.checking import try_store
+from vfs.versions.transactions import why_held
 
 if TYPE_CHECKING:
     from vfs.session import Progress, Session
 
 Finding = dict[str, Any]
 _MOST_RECORDS = 50  # damaged records named; the rest is counted
+_FORGOTTEN_S = 86400.0  # a transaction that is open for longer was probably forgotten
 _SKEW_S = 300.0  # S3 refuses requests with a clock further off than 15 minutes
 
 
 def stores(session: "Session", args: dict[str, Any], progress: "Progress") -> dict[str, Any]:
     """Try each home: reachable, readable, writable, how fast, and what it can do."""
     with ThreadPoolExecutor(8) as pool:
-        tried = list(pool.map(_try, session.core.homes))
+        tried = list(pool.map(_try, session.core.stores))
     return {"stores": tried, "exit": int(any(not store["ok"] for store in tried))}
 
 
 def _try(home: Home) -> dict[str, Any]:
-    shown: dict[str, Any] = {"name": home.name, "url": home.url, "broker": None, "info": None, "warnings": []}
-    try:
-        shown["warnings"] = validate(home.url, home.name, home.settings.options)
-        store = home.store()
-        check = store.check()
-    except RunfsError as error:
-        return shown | {"check": {"reachable": False, "problems": [str(error)]}, "ok": False}
-    info = asdict(store.info())
-    found = asdict(check)
-    ok = check.reachable and check.readable and check.writable
-    return shown | {"broker": info["broker"], "info": info, "check": found, "ok": ok}
+    return try_store(home.name, home.url, home.settings.options, opened=home.store)
 
 
 def doctor(session: "Session", args: dict[str, Any], progress: "Progress") -> dict[str, Any]:
     """Look for what is wrong, and say what to do."""
-    looks = (_places, _index, _records, _stores, _mounts)
+    looks = (_places, _index, _records, _stores, _mounts, _passthrough)
     checks = [*_machine(), *(finding for look in looks for finding in look(session))]
     return {"checks": checks, "exit": int(any(check["ok"] is False for check in checks))}
 
@@ -117,6 +109,9 @@ def _records(session: "Session") -> Iterator[Finding]:
         yield _finding("record", False, f"and {found - _MOST_RECORDS:,} more records", "see above")
     for warning in session.warnings:
         yield _finding("recovery", None, warning)
+    for uuid, held in session.core.transactions.items():
+        day = time.time_ns() - held.began_ns > _FORGOTTEN_S * 1e9
+        yield _finding("transaction", None if day else True, f"{uuid}: {why_held(held)}", "end it: its pushes wait")
 
 
 def _damaged(session: "Session") -> Iterator[tuple[str, str, str]]:
@@ -137,7 +132,7 @@ def _damaged(session: "Session") -> Iterator[tuple[str, str, str]]:
 def _stores(session: "Session") -> Iterator[Finding]:
     if not session.core.homes:
         yield _finding("stores", None, "none is configured: nothing can be pushed or evicted", "mount with --store URL")
-    for home in session.core.homes:
+    for home in session.core.stores:
         tried = _try(home)
         check = tried["check"]
         problems = "; ".join(check.get("problems") or [])
@@ -164,6 +159,13 @@ def _mounts(session: "Session") -> Iterator[Finding]:
             f"{mountpoint}" + (" is another mount of runfs" if alive else ": its daemon is gone"),
             "" if alive else f"runfs umount {mountpoint}",
         )
+
+
+def _passthrough(session: "Session") -> Iterator[Finding]:
+    if session.settings.mountpoint is not None:
+        state = session.passthrough()
+        advice = "it needs Linux 6.9 or later and a daemon with CAP_SYS_ADMIN; without it all works, at less speed"
+        yield _finding("passthrough", True if state == "on" else None, state, "" if state == "on" else advice)
 
 
 def _answers(mountpoint: str) -> bool:

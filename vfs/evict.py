@@ -26,6 +26,7 @@ from vfs.residency import State
 from vfs.restore import Restorer
 from vfs.scan import walk
 from vfs.units import Unit, link_of, set_aside_name
+from vfs.versions.transactions import why_held
 
 log = logging.getLogger(__name__)
 _PATH_MAX = 4096  # bytes of a path in a system call, with the NUL at its end
@@ -62,6 +63,8 @@ class Evictor(Prover, Restorer):
             return Stays("it was never mounted", "runfs mount MOUNTPOINT first: its place is taken by a link into it")
         if unit.uuid in (self._core.journal.pins() if pinned is None else pinned):
             return Stays("pinned", f"runfs unpin {unit.uuid}")
+        if (held := self._core.transactions.get(unit.uuid)) is not None:
+            return Stays("in a transaction", why_held(held))
         live = self.live(unit)
         if live:
             return Stays(f"live ({live})" if live != unit.uuid else "live", "wait until the run has finished")

@@ -1,6 +1,7 @@
 """Named points at which a test can end or hold this process: the crash and race tests. Without RUNFS_FAULT a no-op.
 
-Called by push, evict, hydrate and the cache between the steps whose order matters. Blocks only where a test says so.
+Called by push, evict, hydrate, the cache and stores between the steps whose order matters. Blocks only where a test
+says so.
 
     RUNFS_FAULT="name[#n]=action[,...]"     n: the n-th time the point is passed (default: the first)
     action: kill            SIGKILL to this process: what a crash leaves

@@ -14,6 +14,7 @@ from vfs.fstypes import Attributes, Caller, Change, Handle, Listing, Needs
 from vfs.names import Names
 from vfs.openfiles import OpenFiles
 from vfs.tree import FileNode, Inode, Node, View
+from vfs.versions.past import PastDirectory, PastFile
 
 __all__ = ["Attributes", "Caller", "Change", "FileSystem", "Handle", "Listing", "Needs"]
 
@@ -57,6 +58,8 @@ class FileSystem(Names, OpenFiles):
     def _list(self, node: Node) -> list[bytes]:
         if isinstance(node, View):
             return list(self.tree.list_view(node))
+        if isinstance(node, PastDirectory | PastFile):
+            return list(self.past.names(node))
         if not isinstance(node, FileNode):
             raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         with self._directory(node) as fd:

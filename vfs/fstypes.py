@@ -53,7 +53,7 @@ class Caller:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What a setattr asks for; None leaves as is."""
+    """What a setattr asks for; None leaves as is. `by` is the uid that asks."""
 
     mode: int | None = None
     uid: int | None = None
@@ -61,13 +61,15 @@ class Change:
     size: int | None = None
     atime_ns: int | None = None
     mtime_ns: int | None = None
+    by: int = 0
 
 
 @dataclass(slots=True, eq=False)
 class Handle:
     """An open file. `partial` is set where bytes may be missing; `end`, `window`
     (chunks), `turned` (the chunk at which it grew) and `asked` (up to which chunk more was asked for) follow a
-    sequential reader."""
+    sequential reader. `passed`: the kernel reads and writes the file behind it itself, and `stamp` (size, mtime_ns,
+    ctime_ns) is what was last seen of that."""
 
     node: FileNode
     fd: int
@@ -81,6 +83,10 @@ class Handle:
     turned: int = 0
     asked: int = 0
     pid: int = 0
+    uid: int = 0
+    passed: bool = False
+    left: bool = False  # closed by its opener; kept, for reading only, while the file is mapped for writing
+    stamp: tuple[int, int, int] = (0, 0, 0)
 
     @property
     def writable(self) -> bool:

@@ -11,12 +11,13 @@ import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 from blake3 import blake3
 
-from vfs import faults
+from vfs import faults, uploads
 from vfs.cache import FLIGHT, Partial
-from vfs.core import Core, Home
+from vfs.core import Core, Home, plain_key
 from vfs.errors import NoReplica, RunfsError, StoreTimeout, WrongBytes
 from vfs.journal import Replica
 from vfs.manifest import CHUNK, DIGEST, Content
@@ -27,10 +28,19 @@ log = logging.getLogger(__name__)
 
 _READERS = 8
 _BACKGROUND = 4
+_MAKERS = 8  # mostly they wait for one and the same calculation
 _SMALL = 1 << 20  # bytes; files up to this size come together when their record is first touched,
 _SMALL_TOTAL = 64 << 20  # up to this much of them
 _TOUCH_AGAIN_S = 600.0
 _TOUCHES_KEPT = 10_000
+
+
+class _Calculate(Exception):
+    """No store has the bytes, for the reasons given; now those are asked that may make them again."""
+
+    def __init__(self, said: list[str]) -> None:
+        super().__init__("; ".join(said))
+        self.said = said
 
 
 class Hydrator:
@@ -40,12 +50,19 @@ class Hydrator:
         self._core = core
         self._readers = ThreadPoolExecutor(_READERS, "hydrate")
         self._background = ThreadPoolExecutor(_BACKGROUND, "hydrate-behind")
+        self._makers = ThreadPoolExecutor(_MAKERS, "calculate")  # what takes minutes must not hold up the readers
         self._touched: dict[str, float] = {}
         self._touch_lock = threading.Lock()
+        self._own = threading.local()
 
     def close(self) -> None:
         self._readers.shutdown(wait=True, cancel_futures=True)
         self._background.shutdown(wait=True, cancel_futures=True)
+        self._makers.shutdown(wait=False, cancel_futures=True)
+        for home in self._core.sources:
+            if home.calculates:
+                home.close()  # ends what it is at
+        self._makers.shutdown(wait=True)
 
     def request(self, partial: Partial, numbers: Iterable[int], uuid: str, path: bytes, *, urgent: bool = True) -> None:
         """Have chunks brought; those under way are not asked for twice. Returns at once.
@@ -66,10 +83,24 @@ class Hydrator:
         for flight in flights:
             pool.submit(self._fly, partial, flight, uuid, path, left)
 
-    def _fly(self, partial: Partial, numbers: list[int], uuid: str, path: bytes, left: list[int]) -> None:
+    def _fly(
+        self,
+        partial: Partial,
+        numbers: list[int],
+        uuid: str,
+        path: bytes,
+        left: list[int],
+        said: list[str] | None = None,
+    ) -> None:
+        """One flight, to its end. `said`: why the stores could not give it, when it is to be calculated."""
         error: RunfsError | None = None
         try:
-            self._bring(partial, numbers, uuid, path)
+            self._bring(partial, numbers, uuid, path, said)
+        except _Calculate as turn:
+            with suppress(RuntimeError):  # we are closing
+                self._makers.submit(self._fly, partial, numbers, uuid, path, left, turn.said)
+                return
+            error = NoReplica(f"{os.fsdecode(path)} of {uuid}: it is not calculated any more")
         except RunfsError as problem:
             error = problem
         except OSError as problem:
@@ -78,17 +109,21 @@ class Hydrator:
         except BaseException as problem:
             error = NoReplica(f"{os.fsdecode(path)} of {uuid}: {problem!r}")
             log.exception("a flight ended unexpectedly")
-        finally:
-            if path:
-                self._core.note_trouble(uuid, path, numbers, str(error) if error else None)
-            partial.arrived(numbers, error)
-            with partial.lock:
-                left[0] -= 1
-                last = left[0] == 0
-            if last:
-                self._core.release(partial)
+        self._land(partial, numbers, uuid, path, left, error)
 
-    def _bring(self, partial: Partial, numbers: list[int], uuid: str, path: bytes) -> None:
+    def _land(
+        self, partial: Partial, numbers: list[int], uuid: str, path: bytes, left: list[int], error: RunfsError | None
+    ) -> None:
+        if path:
+            self._core.note_trouble(uuid, path, numbers, str(error) if error else None)
+        partial.arrived(numbers, error)
+        with partial.lock:
+            left[0] -= 1
+            last = left[0] == 0
+        if last:
+            self._core.release(partial)
+
+    def _bring(self, partial: Partial, numbers: list[int], uuid: str, path: bytes, said: list[str] | None) -> None:
         content = self._core.content(partial.digest)
         if content is None:
             raise NoReplica(
@@ -96,39 +131,62 @@ class Hydrator:
             )
         offset = numbers[0] * CHUNK
         length = min((numbers[-1] + 1) * CHUNK, content.size) - offset
-        said: list[str] = []
-        for replica, home in self._sources(partial.digest):
+        calculating = said is not None
+        makers = self._calculated(partial.digest, uuid, path)
+        said = said or []
+        for replica, home in makers if calculating else self._sources(partial.digest):
             try:
                 data = self._read(home, replica, content, offset, length, uuid, path)
             except RunfsError as error:
                 said.append(f"{replica.store}: {error}")
                 log.warning("%r of %s: %s: %s", path, uuid, replica.store, error)
                 continue
-            view = memoryview(data)
-            for number in numbers:
-                start = number * CHUNK - offset
-                partial.fill(number, view[start : start + CHUNK])
+            partial.fill(numbers[0], data)
             return
+        if makers and not calculating:
+            raise _Calculate(said)
         raise NoReplica(
             f"{os.fsdecode(path)} of {uuid} cannot be read: "
             + ("; ".join(said) or "no configured store holds it; `runfs status` shows the stores")
         )
 
+    def _buffer(self, length: int) -> memoryview:
+        """Memory for one flight, this thread's own: what is in it is over with the next flight."""
+        if getattr(self._own, "buffer", None) is None:
+            self._own.buffer = bytearray(FLIGHT * CHUNK)
+        return memoryview(self._own.buffer)[:length]
+
     def _sources(self, digest: bytes) -> list[tuple[Replica, Home]]:
         """Replicas in the order to try: healthy stores first, then nearest, then as configured."""
         replicas = {replica.store: replica for replica in self._core.journal.replicas(digest)}
         homes = [home for home in (*self._core.homes, *self._core.sources) if home.name in replicas]
-        homes.sort(key=lambda home: not home.healthy)
-        return [(replicas[home.name], home) for home in homes]
+        homes.sort(key=lambda home: home.rank)
+        return [(replicas[home.name], home) for home in homes if not home.calculates]
+
+    def _calculated(self, digest: bytes, uuid: str, path: bytes) -> list[tuple[Replica, Home]]:
+        """The stores that may make a file again, tried last. They hold nothing: the journal has no replicas there."""
+        makers = [home for home in self._core.sources if home.calculates]
+        if makers and not path:  # brought ahead of a reader
+            known = self._core.journal.known(uuid)
+            path = next((each for each, item in known.items() if item.file.digest == digest), b"")
+        return [(Replica(digest, home.name, uuid, plain_key(uuid, path), 0, ""), home) for home in makers if path]
 
     def _read(
         self, home: Home, replica: Replica, content: Content, offset: int, length: int, uuid: str, path: bytes
-    ) -> bytes:
-        with self._core.moves.move("hydrate", uuid, path, home.name, length) as move, home.watched():
-            data = home.store().read(replica.key, offset, length)
-            move.step(len(data))
+    ) -> memoryview:
+        name = path.decode("utf-8", "replace")
+        told = self._core.events.progress("hydrate", name, length, uuid=uuid, store=home.name)
+        with told as step, home.watched():
+            data = self._buffer(length)
+            data = data[: home.store().read_into(replica.key, data, offset)]
+            step(len(data))
         faults.point("hydrate.read")
-        check(data, content, offset, length, f"{replica.key} in {home.name}")
+        try:
+            check(data, content, offset, length, f"{replica.key} in {home.name}")
+        except WrongBytes as error:
+            if home.calculates:
+                raise WrongBytes(f"it was calculated again, with other bytes than the record has: {error}") from error
+            raise
         return data
 
     def bring(self, partial: Partial, numbers: list[int], uuid: str, path: bytes, deadline_s: float) -> None:
@@ -174,6 +232,8 @@ class Hydrator:
             for path, item in self._core.journal.known(unit.uuid).items():
                 if item.file.kind != "file" or not 0 < item.file.size <= _SMALL or item.file.size > budget:
                     continue
+                if not self._core.journal.replicas(item.file.digest):
+                    continue  # it could only be calculated, and nobody asked for it
                 budget -= item.file.size if self._bring_whole(unit, path) else 0
         except (OSError, RunfsError) as error:  # it was only ahead of time; a reader gets the error itself
             log.debug("%s: small files are not brought ahead: %s", unit.uuid, error)
@@ -206,7 +266,7 @@ class Hydrator:
             self._core.release(partial)
 
 
-def check(data: bytes, content: Content, offset: int, length: int, where: str) -> None:
+def check(data: bytes | memoryview, content: Content, offset: int, length: int, where: str) -> None:
     """Compare whole chunks of a content, all `length` bytes from `offset` on, with their digests.
 
     Raises WrongBytes naming the object.
@@ -233,20 +293,5 @@ def _grouped(numbers: list[int]) -> Iterable[list[int]]:
 
 
 def read_back(home: Home, replica: Replica, content: Content, deadline_s: float | None = None) -> None:
-    """Prove by reading: every byte of the object is what the content says. Raises WrongBytes, StoreError."""
-    whole = blake3()
-    store = home.store()
-    began = time.monotonic()
-    for offset in range(0, content.size, FLIGHT * CHUNK):
-        length = min(FLIGHT * CHUNK, content.size - offset)
-        with home.watched():
-            data = store.read(replica.key, offset, length)
-        if len(data) != length:
-            raise WrongBytes(f"{replica.key} in {home.name} ends at {offset + len(data)} of {content.size} bytes")
-        whole.update(data)
-        if deadline_s is not None and time.monotonic() - began > deadline_s:
-            raise StoreTimeout(f"{home.name}: reading {replica.key} back took longer than {deadline_s:.0f} s")
-    with home.watched():
-        size = store.stat(replica.key).size
-    if whole.digest() != content.digest or size != content.size:
-        raise WrongBytes(f"{replica.key} in {home.name} does not hold the bytes that were pushed")
+    """Prove a replica by reading all of it. Raises WrongBytes, StoreError."""
+    uploads.read_back(home, replica.key, content, deadline_s)

@@ -1,184 +1,69 @@
-"""The commands that bring records into an index: reindex and import, and the rows of evicted records put back.
+"""The command that takes records over from elsewhere: directories, stores, archives and links.
 
-Each command is `(session, args, progress) -> result`, run in a worker thread of the daemon or in the command line's
-process. What a store says is checked: names, manifests and sizes are its word only.
+`(session, args, progress) -> result`, run in a worker thread of the daemon or in the command line's process. What a
+store or an archive says is checked: names, manifests and sizes are its word only. Nothing of a record is executed.
 """
 
-import json
-import logging
 import os
+import re
 import shutil
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vfs import shadow
-from vfs.claims import is_place_of, links_below, own_rows, place_in
-from vfs.core import Core, Home
-from vfs.errors import DamagedRecord, ManifestError, Refused, RunfsError, StoreError, UsageError
-from vfs.format import is_safe_uuid, read_header
-from vfs.manifest import Manifest, parse
+from vfs import addresses, linux, shadow, wire
+from vfs.addresses import Address, Pin, Pins, digest_of_manifests, parse_address
+from vfs.claims import own_rows
+from vfs.core import Home
+from vfs.errors import DamagedRecord, Refused, RunfsError, UsageError
+from vfs.format import Header, read_header
+from vfs.manifest import Manifest
 from vfs.moving import is_directory
+from vfs.records.retrieve import plain_manifest, retrieve
+from vfs.reindexing import damaged_in, place_for, record_directories
 from vfs.residency import State
 from vfs.settings import StoreSettings
-from vfs.stores import Stat, keys
+from vfs.stores import Stat
 from vfs.units import linked_record
 
 if TYPE_CHECKING:
     from vfs.session import Progress, Session
 
-log = logging.getLogger(__name__)
-_PIECE = 8 << 20  # bytes of an object brought at a time
-
-
-def put_rows_back(core: Core) -> list[str]:
-    """Insert the kept rows of evicted units the index has not: their directories are links, which no walk finds."""
-    missing: list[dict[str, Any]] = []
-    for uuid in core.journal.unit_uuids():
-        row = core.journal.unit(uuid) if core.index.get(uuid) is None else None
-        missing += json.loads(row.rows) if row is not None else ()
-    back = core.index.put_back(missing) if missing else []
-    if back:
-        log.warning("put %d rows of evicted records back into the index, which was rebuilt without them", len(back))
-    return back
-
-
-def reindex(session: "Session", args: dict[str, Any], progress: "Progress") -> dict[str, Any]:
-    """Index what directories and stores hold; rows of evicted records come back from the journal."""
-    core = session.core
-    sources = list(args.get("from") or [])
-    directories = [source for source in sources if "://" not in source]
-    damaged: list[dict[str, Any]] = []
-    ingested = 0
-    if not sources:
-        directories = [str(session.settings.project_dir / "storage")]
-    damaged += [_no_directory(path) for path in directories if not os.path.isdir(path)]
-    directories = [path for path in directories if os.path.isdir(path)]
-    if args.get("dry_run"):
-        found = [path for directory in directories for path in _record_directories(directory)]
-        return {"ingested": len(found), "restored_rows": 0, "damaged": damaged, "exit": int(bool(damaged))}
-    done = core.index.reindex(directories)
-    ingested += len(done.ingested) + _take_links_up(session, directories, damaged)
-    damaged += [{"path": path, "reason": reason} for path, reason in done.damaged]
-    restored = len(put_rows_back(core))
-    for url in (source for source in sources if "://" in source):
-        restored += _reindex_store(session, url, damaged, progress)
-    return {"ingested": ingested, "restored_rows": restored, "damaged": damaged, "exit": int(bool(damaged))}
-
-
-def _no_directory(path: str) -> dict[str, Any]:
-    return {"path": path, "reason": "there is no such directory; name one with --from"}
-
-
-def _record_directories(directory: str) -> Iterator[str]:
-    for path, _names, files in os.walk(directory):
-        if ".machinable" in files:
-            yield path
+_KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")  # of a record, as a directory's name
 
 
 def _home_for(session: "Session", url: str) -> Home:
     """The configured store with this URL, or one made for this command."""
-    for home in session.core.homes:
+    for home in session.core.stores:
         if home.url.rstrip("/") == url.rstrip("/"):
             return home
-    return Home(StoreSettings(name="source", url=url), session.settings, session.core.journal)
-
-
-def manifests_in(home: Home, damaged: list[dict[str, Any]]) -> Iterator[tuple[Manifest, str, bytes]]:
-    """Every record a store has a manifest of, with the manifest's version and body."""
-    for stat in home.store().list(".runfs/"):
-        parts = stat.key.split("/")
-        if len(parts) != 3 or parts[2] != "manifest.json":
-            continue
-        try:
-            if not is_safe_uuid(parts[1]):
-                raise ManifestError(f"{parts[1]!r:.100} is no uuid")
-            body = home.store().read(stat.key)
-            yield parse(body, parts[1]), home.store().stat(stat.key).version or "", body
-        except (StoreError, ManifestError) as error:
-            damaged.append({"path": f"{home.url.rstrip('/')}/{stat.key}", "reason": str(error)})
-
-
-def _reindex_store(session: "Session", url: str, damaged: list[dict[str, Any]], progress: "Progress") -> int:
-    """Take up records whose manifests a store holds: their rows, and their bytes as evicted."""
-    home = _home_for(session, url)
-    if home not in session.core.homes:
-        raise UsageError(f"{url} is not one of this index's stores; add it with --store or in the configuration")
-    count = 0
-    for manifest, version, body in manifests_in(home, damaged):
-        place = _place_for(session, manifest)
-        believed = replace(manifest, rows=tuple(own_rows(manifest.rows, manifest.uuid, place)))
-        count += len(session.core.index.put_back({**row} for row in believed.rows))
-        if not _is_here(session, manifest.uuid):
-            session.core.index.move(believed.rows)
-            session.evictor.adopt(believed, home, version, body, place)
-        progress({"what": "reindex", "uuid": manifest.uuid, "done": count})
-    return count
-
-
-def _is_here(session: "Session", uuid: str) -> bool:
-    try:
-        unit = session.core.units.get(uuid)
-    except RunfsError:
-        return False
-    return is_directory(unit.base)
-
-
-def _place_for(session: "Session", manifest: Manifest) -> bytes:
-    """Where a record of a store has its directory: where the index says, else where its row says, if that is in this
-    project or the record is there already."""
-    record = session.core.index.get(manifest.uuid)
-    project = os.fsencode(session.settings.project_dir)
-    told = (place_in(row) for row in manifest.rows if row.get("record_id") == manifest.uuid)
-    directory = record.directory if record is not None else next(told, None)
-    if directory is not None and is_directory(os.path.dirname(os.path.dirname(directory))):
-        inside = directory.startswith(project + b"/") and b"/." not in directory[len(project) :]
-        if record is not None or inside or is_place_of(directory, manifest.uuid):
-            return directory
-    return os.path.join(project, b"storage", manifest.uuid.encode())
-
-
-def _take_links_up(session: "Session", directories: Iterable[str], damaged: list[dict[str, Any]]) -> int:
-    """Records that were evicted, and whose project was moved since: their links tell where they belong now, and a home
-    has their bytes."""
-    core = session.core
-    moved = {}
-    for directory in directories:
-        for path, uuid in links_below(os.path.abspath(os.fsencode(directory))):
-            record = core.index.get(uuid)
-            if record is None or record.directory in (None, path) or core.journal.unit(uuid) is not None:
-                continue
-            if not os.path.lexists(record.directory or b""):
-                uuids = [uuid, *(nested.uuid for nested in core.index.nested(uuid))]
-                core.index.move(own_rows(core.index.rows(uuids), uuid, path))
-                moved[uuid] = path
-    core.units.look_again()
-    for uuid, path in moved.items():
-        try:
-            session.evictor.reclaim(core.units.get(uuid))
-        except RunfsError as error:
-            damaged.append({"path": os.fsdecode(path), "reason": str(error)})
-    return len(moved)
-
-
-# --- import ----------------------------------------------------------------------------------------------------
+    return Home(StoreSettings(name="source", url=url), session.settings, session.core.journal, session.core.events)
 
 
 def import_(session: "Session", args: dict[str, Any], progress: "Progress") -> dict[str, Any]:
-    """Copy records from a directory, or take them over from a store, into this index's storage."""
+    """Take records over from a directory, a store, or an address (see `vfs.addresses`) into this index's storage."""
     source = str(args.get("source") or "")
+    dry_run = bool(args.get("dry_run"))
     if not source:
-        raise UsageError("what should be imported? Name a record's directory or a store URL")
+        raise UsageError("what should be imported? Name a record's directory, a store URL, or url+, file+ or link+ ...")
+    address = parse_address(source)
+    if address is not None:
+        return import_address(session, address, dry_run, progress)
     if "://" in source:
-        return _import_store(session, source, bool(args.get("dry_run")), progress)
+        return import_store(session, source, dry_run, progress)
+    return import_directory(session, source, dry_run, progress)
+
+
+def import_directory(session: "Session", source: str, dry_run: bool, progress: "Progress") -> dict[str, Any]:
+    """Copy the records at and below a directory."""
     imported: list[str] = []
     failed: list[dict[str, Any]] = []
-    tops = [path for path in _record_directories(source) if not _inside_record(path, source)]
+    tops = [path for path in record_directories(source) if not _inside_record(path, source)]
     if not tops:
         failed.append({"source": source, "reason": "no record (a directory with .machinable and id.json) is there"})
     for path in tops:
         try:
-            imported += _import_one(session, path, bool(args.get("dry_run")))
+            imported += _import_one(session, path, dry_run)
         except (RunfsError, OSError) as error:
             failed.append({"source": path, "reason": str(error)})
         progress({"what": "import", "done": len(imported), "size": len(tops)})
@@ -198,16 +83,20 @@ def _import_one(session: "Session", path: str, dry_run: bool) -> list[str]:
     header = read_header(path)
     if session.core.index.get(header.uuid) is not None:
         raise Refused(f"the index has {header.uuid} already; nothing was copied")
-    target = session.settings.project_dir / "storage" / header.identity_key / header.predicate_key
-    if target.exists() or target.is_symlink():
-        target = session.settings.project_dir / "storage" / header.uuid
+    target = _target(session.settings.project_dir / "storage", header)
     if dry_run:
         return [header.uuid]
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".runfs-import-{header.uuid}")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(path, partial, symlinks=True)
-    os.rename(partial, target)
+    try:
+        shutil.copytree(path, partial, symlinks=True)
+        shadow.sync(os.fsencode(partial))
+        os.rename(partial, target)
+        linux.sync_directory(os.fsencode(target.parent))
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     done = session.core.index.reindex([str(target)])
     for uuid in done.ingested:
         unit, _path = session.core.units.place(uuid)
@@ -217,13 +106,34 @@ def _import_one(session: "Session", path: str, dry_run: bool) -> list[str]:
     return done.ingested
 
 
-def _import_store(session: "Session", url: str, dry_run: bool, progress: "Progress") -> dict[str, Any]:
+def _target(storage: Path, header: Header) -> Path:
+    """Where machinable would have put a record, if nothing is there: its keys are somebody's word, and no path."""
+    keys = (header.identity_key, header.predicate_key)
+    target = storage.joinpath(*keys)
+    if not all(_KEY.fullmatch(key) for key in keys) or os.path.lexists(target):
+        return storage / header.uuid
+    return target
+
+
+def import_store(session: "Session", url: str, dry_run: bool, progress: "Progress") -> dict[str, Any]:
+    """Take over the records of a store: with their bytes, where it is none of this index's stores."""
     home = _home_for(session, url)
-    known = home in session.core.homes
+    known = home in session.core.stores
+    try:
+        return _import_from(session, home, known, dry_run, progress)
+    finally:
+        if not known:
+            home.close()
+
+
+def _import_from(session: "Session", home: Home, known: bool, dry_run: bool, progress: "Progress") -> dict[str, Any]:
     damaged: list[dict[str, Any]] = []
     imported: list[str] = []
     failed: list[dict[str, Any]] = []
-    for manifest, version, body in list(manifests_in(home, damaged)):
+    bodies: list[bytes] = []
+    manifests = wire.manifests(home.store(), lambda key, reason: damaged.append(damaged_in(home, key, reason)))
+    for manifest, version, body in [(found.manifest, found.version, found.body) for found in manifests]:
+        bodies.append(body)
         if session.core.index.get(manifest.uuid) is not None:
             failed.append({"source": manifest.uuid, "reason": "the index has it already"})
             continue
@@ -236,70 +146,35 @@ def _import_store(session: "Session", url: str, dry_run: bool, progress: "Progre
         imported.append(manifest.uuid)
         progress({"what": "import", "uuid": manifest.uuid, "done": len(imported)})
     have = {each["source"] for each in failed} | set(imported)
-    for uuid, found in plain_records(home).items():
+    for uuid, found in wire.plain_records(home.store()).items():
+        bodies += [f"{stat.key} {stat.size} {stat.version}".encode() for stat in found]
         if uuid not in have and session.core.index.get(uuid) is None:
             try:
                 imported += [uuid] if dry_run else _import_plain(session, home, uuid, found)
             except (RunfsError, OSError) as error:
                 failed.append({"source": uuid, "reason": str(error)})
     failed += [{"source": each["path"], "reason": each["reason"]} for each in damaged]
-    return {"imported": imported, "failed": failed, "exit": int(bool(failed))}
-
-
-def plain_records(home: Home) -> dict[str, list[Stat]]:
-    """Records that another tool put into a store as plain objects, `<uuid>/<path>`, without a manifest."""
-    found: dict[str, list[Stat]] = {}
-    published = set()
-    for stat in home.store().list(""):
-        first, _slash, rest = stat.key.partition("/")
-        if first == ".runfs":
-            published.add(rest.partition("/")[0])
-        elif rest and is_safe_uuid(first):
-            found.setdefault(first, []).append(stat)
-    return {
-        uuid: stats
-        for uuid, stats in found.items()
-        if uuid not in published and any(stat.key == f"{uuid}/id.json" for stat in stats)
-    }
+    said = {"digest": digest_of_manifests(bodies)} if bodies else {}
+    return {"imported": imported, "failed": failed, **said, "exit": int(bool(failed))}
 
 
 def _import_plain(session: "Session", home: Home, uuid: str, found: list[Stat]) -> list[str]:
-    """Bring such a record whole into a directory beside the storage and import that: names and sizes are the store's
-    word, its bytes get their digests here. Raises DamagedRecord for names that cannot be a tree."""
-    partial = session.settings.project_dir / "storage" / f".runfs-import-{uuid}.plain"
+    """Bring a record without a manifest whole into a directory of the cache and import that. Names and sizes are the
+    store's word; its bytes get their digests here. Raises DamagedRecord for names that cannot be a tree."""
+    partial = session.settings.cache_place / f".import-{uuid}"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
-        for stat in found:
-            _bring_plain(home, stat, os.fsencode(partial), stat.key[len(uuid) + 1 :])
-        (partial / ".machinable").touch()
+        retrieve(home, plain_manifest(home, uuid, found), partial)
         return _import_one(session, str(partial), False)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _bring_plain(home: Home, stat: Stat, root: bytes, key: str) -> None:
-    path = keys.name_of(key)
-    parts = path.split(b"/")
-    if any(part in (b"", b".", b"..") or b"\0" in part for part in parts):
-        raise DamagedRecord(f"{stat.key} in {home.name} is no name for a file; remove or rename that object")
-    target = os.path.join(root, path)
-    try:
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        with open(target, "xb") as out:
-            for offset in range(0, stat.size, _PIECE):
-                out.write(home.store().read(stat.key, offset, min(_PIECE, stat.size - offset)))
-            out.flush()
-            os.fsync(out.fileno())
-    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-        raise DamagedRecord(
-            f"{stat.key} in {home.name} is a file and a directory at once; remove or rename one of the two"
-        ) from error
-
-
 def _take_over(session: "Session", home: Home, known: bool, manifest: Manifest, version: str, body: bytes) -> None:
     core = session.core
-    place = _place_for(session, manifest)
+    place = place_for(session, manifest)
+    if is_directory(place):  # another project of this machine has it there: we get our own
+        place = os.fsencode(session.settings.project_dir / "storage" / manifest.uuid)
     manifest = replace(manifest, rows=tuple(own_rows(manifest.rows, manifest.uuid, place)))
     if known:
         core.index.put_back({**row} for row in manifest.rows)
@@ -331,3 +206,94 @@ def _copy_over(session: "Session", home: Home, manifest: Manifest, version: str,
         core.sources.remove(home)
     core.index.put_back({**row} for row in manifest.rows)
     core.units.mark_dirty(unit, "imported")
+
+
+# --- addresses -----------------------------------------------------------------------------------------------------
+
+
+def import_address(session: "Session", address: Address, dry_run: bool, progress: "Progress") -> dict[str, Any]:
+    """Take over what an address names: brought once, and never again while the records are here."""
+    pins = Pins(session.core.journal)
+    pin = pins.get(address)
+    _refuse_other_pin(address, pin)
+    if pin is not None and pin.uuids and all(session.core.index.get(uuid) is not None for uuid in pin.uuids):
+        return _said({"imported": [], "failed": [], "already": list(pin.uuids), "exit": 0}, pin)
+    if address.kind == "link":
+        return _import_link(session, address, dry_run)
+    if address.is_archive:
+        return _import_archive(session, address, pin, dry_run, progress)
+    if address.kind == "url":
+        result = import_store(session, address.place, dry_run, progress)
+        digest, size = str(result.pop("digest", "")), 0
+    else:
+        digest, size = addresses.digest_of_directory(_directory(address)), 0
+        result = import_directory(session, address.place, dry_run, progress)
+    return _pinned(session, address, result, Pin(address.shown, digest, size=size), dry_run)
+
+
+def _refuse_other_pin(address: Address, pin: Pin | None) -> None:
+    if address.sha256 and pin is not None and pin.digest != f"sha256={address.sha256}":
+        raise UsageError(
+            f"{address.shown} was pinned to {pin.digest} when it was first brought, not to sha256={address.sha256}; "
+            "leave the pin out, or give the archive another name"
+        )
+
+
+def _directory(address: Address) -> Path:
+    if not os.path.isdir(address.place):
+        raise UsageError(f"{address.shown}: there is no such directory, and it is named like no archive")
+    return Path(address.place)
+
+
+def _said(result: dict[str, Any], pin: Pin) -> dict[str, Any]:
+    return {**result, "pin": {"address": pin.address, "digest": pin.digest, "etag": pin.etag, "at_ns": pin.at_ns}}
+
+
+def _pinned(session: "Session", address: Address, result: dict[str, Any], pin: Pin, dry_run: bool) -> dict[str, Any]:
+    """The result with its pin, which is kept, with a receipt for each record, unless this was only a try."""
+    pin = addresses.with_uuids(pin, result["imported"])
+    if dry_run or not pin.uuids:
+        return _said(result, pin) if pin.digest else result
+    journal = session.core.journal
+    Pins(journal).set(address, pin)
+    for uuid in pin.uuids:
+        journal.add_receipt("import", uuid, "", 0, pin.size, pin.digest, {"from": pin.address, "etag": pin.etag})
+    return _said(result, pin)
+
+
+def _import_archive(
+    session: "Session", address: Address, pin: Pin | None, dry_run: bool, progress: "Progress"
+) -> dict[str, Any]:
+    """Unpack an archive beside the cache, and copy the records in it."""
+    if address.kind == "file" and not os.path.isfile(address.place):
+        raise UsageError(f"{address.shown}: there is no such file")
+    if dry_run and not addresses.is_cached(address, session.settings):
+        return {"imported": [], "failed": [], "would_bring": address.shown, "exit": 0}
+
+    def told(done: int, size: int | None) -> None:
+        progress({"what": "import", "path": address.shown, "done": done, "size": size})
+
+    with addresses.unpacked(address, pin, session.settings, told) as (directory, brought):
+        result = import_directory(session, str(directory), dry_run, progress)
+        for each in result["failed"]:
+            each["source"] = each["source"].replace(str(directory), address.shown)
+    return _pinned(session, address, result, brought, dry_run)
+
+
+def _import_link(session: "Session", address: Address, dry_run: bool) -> dict[str, Any]:
+    """Index a record where it is. It is pinned, so that nothing but the user's own wish ever moves its directory."""
+    core, place = session.core, os.path.realpath(_directory(address))
+    header = read_header(place)
+    known = core.index.get(header.uuid)
+    if known is not None and known.directory != os.fsencode(place):
+        raise Refused(f"the index has {header.uuid} already, at {known.storage_uri}; nothing was linked")
+    result: dict[str, Any] = {"imported": [header.uuid], "failed": [], "linked": place, "exit": 0}
+    if not dry_run:
+        done = core.index.reindex([place])
+        if header.uuid not in done.ingested:
+            raise DamagedRecord(f"{place} cannot be indexed: {'; '.join(why for _path, why in done.damaged)}")
+        core.journal.pin(header.uuid, True)
+        unit, _path = core.units.place(header.uuid)
+        core.units.mark_dirty(unit, "imported")
+    pin = Pin(address.shown, addresses.digest_of_directory(Path(place)), directory=place)
+    return _pinned(session, address, result, pin, dry_run)

@@ -22,6 +22,8 @@ import apsw
 
 from vfs.errors import Full, JournalError, JournalLocked
 from vfs.manifest import Content, File
+from vfs.versions.journal import TABLES as VERSION_TABLES
+from vfs.versions.journal import VersionRows
 
 # Numbered migrations: the schema at version n is the first n scripts. Never edit one that was released.
 _MIGRATIONS = (
@@ -66,7 +68,7 @@ _MIGRATIONS = (
         manifest BLOB NOT NULL,              -- as published: the base of the next merge
         rows TEXT NOT NULL,                  -- blake3 of the index rows in it: what only the index knows counts too
         pushed_ns INTEGER NOT NULL,
-        proven_ns INTEGER NOT NULL,          -- when the published manifest was last read back; 0: never
+        proven_ns INTEGER NOT NULL,          -- when the published manifest was last read back; 0: it is another one now
         PRIMARY KEY (uuid, store)
     ) WITHOUT ROWID;
     CREATE TABLE dirty (                     -- what must still be pushed; written before a writer's open is answered
@@ -91,6 +93,7 @@ _MIGRATIONS = (
     CREATE INDEX receipts_uuid ON receipts(uuid);
     CREATE TABLE notes (name TEXT PRIMARY KEY, value TEXT NOT NULL);     -- small facts: mountpoint, stores used
     """,
+    VERSION_TABLES,
 )
 
 
@@ -146,7 +149,7 @@ class Dirty:
     error: str
 
 
-class Journal:
+class Journal(VersionRows):
     """The open state of one index. `exclusive` takes the state directory for this process.
 
     Raises JournalLocked naming the holder, JournalError when the file cannot be used.
@@ -348,11 +351,20 @@ class Journal:
     def homes(self, uuid: str) -> list[Home]:
         return [Home(*row) for row in self._all("SELECT * FROM homes WHERE uuid=?", (uuid,))]
 
+    def generations(self, uuid: str, store: str) -> tuple[int, int] | None:
+        """The version that a store holds of a record, and when it was pushed (ns): `home` without its manifest."""
+        rows = self._all("SELECT generation, pushed_ns FROM homes WHERE uuid=? AND store=?", (uuid, store))
+        return (int(rows[0][0]), int(rows[0][1])) if rows else None
+
     def set_home(self, home: Home) -> None:
         self._run(
             "INSERT OR REPLACE INTO homes VALUES (?,?,?,?,?,?,?,?)",
             tuple(getattr(home, name) for name in Home.__slots__),
         )
+
+    def doubt_home(self, uuid: str, store: str) -> None:
+        """A store's manifest is not the one that was published from here: the next push looks, and merges."""
+        self._run("UPDATE homes SET version='', proven_ns=0 WHERE uuid=? AND store=?", (uuid, store))
 
     def home_marks(self) -> list[tuple[str, str, str]]:
         """(record, store, digest of its index rows) of everything that was pushed."""

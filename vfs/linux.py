@@ -28,6 +28,7 @@ AT_FDCWD = -100
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _libc.renameat2.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
 _libc.syscall.restype = ctypes.c_long
+_libc.fstatfs.argtypes = [ctypes.c_int, ctypes.c_char_p]
 
 
 def _check(result: int, name: bytes = b"") -> int:
@@ -139,6 +140,8 @@ def _has_open(pid: str, device: int, inode: int) -> bool:
     except OSError:
         return False
     for name in names:
+        if _inode_of(pid, name) not in (None, inode):
+            continue  # not looked at: in a mount that hangs, stat(2) would hang too
         try:
             held = os.stat(f"/proc/{pid}/fd/{name}")
         except OSError:
@@ -146,6 +149,15 @@ def _has_open(pid: str, device: int, inode: int) -> bool:
         if (held.st_dev, held.st_ino) == (device, inode):
             return True
     return False
+
+
+def _inode_of(pid: str, descriptor: str) -> int | None:
+    """The inode of a process's open file, told by the kernel alone; None before Linux 5.14."""
+    try:
+        with open(f"/proc/{pid}/fdinfo/{descriptor}") as lines:
+            return next((int(line.split()[1]) for line in lines if line.startswith("ino:")), None)
+    except OSError:
+        return -1  # closed meanwhile
 
 
 @functools.cache
@@ -165,6 +177,24 @@ def give_mode(fd: int, name: bytes | None, mode: int) -> None:
     else:
         now = os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode
         os.chmod(name, stat.S_IMODE(now) | mode & 0o777, dir_fd=fd)
+
+
+def drop_set_id(fd: int) -> bool:
+    """Take the set-uid and set-gid bits from an open file, as a change by anybody but root does; whether it had any."""
+    mode = os.fstat(fd).st_mode
+    left = mode & ~stat.S_ISUID
+    if mode & stat.S_IXGRP:  # without it the bit stood for mandatory locks and stays
+        left &= ~stat.S_ISGID
+    if left != mode:
+        os.fchmod(fd, stat.S_IMODE(left))
+    return left != mode
+
+
+def file_system(fd: int) -> int:
+    """The magic number of the file system an open file is on: `f_type` of statfs(2)."""
+    buffer = ctypes.create_string_buffer(256)  # struct statfs is 120 bytes
+    _check(_libc.fstatfs(fd, buffer))
+    return ctypes.c_long.from_buffer(buffer).value
 
 
 def data_bytes(fd: int) -> int:

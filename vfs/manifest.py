@@ -3,7 +3,9 @@
 Used by push (build, publish, merge), evict (what a home must hold), hydrate (what a content consists of).
 Pure: nothing here touches a disk or a network. This module owns the format of `.runfs/<uuid>/manifest.json`:
 
-    {"format": 1, "uuid": ..., "generation": n, "rows": [index rows], "files": [file...]}
+    {"format": 1, "uuid": ..., "generation": n, "rows": [index rows], "files": [file...],
+     "published_ns": when, by the publisher's clock, "notes": text (left out when empty), "interim": true (left out when
+     false): published while the record was being written}
     file: {"path": text | {"base64": text}, "kind": "file"|"directory"|"symlink"|"other", "mode": int, "mtime_ns": int,
            "size": bytes, "digest": hex blake3, "key": object, "chunks": base64 of 32-byte blake3 digests, one for
            each MiB (left out when there is one chunk: it is the digest), "target": text | {"base64"},
@@ -28,6 +30,8 @@ FORMAT = 1
 CHUNK = 1 << 20
 DIGEST = 32
 KINDS = ("file", "directory", "symlink", "other")
+NOTES_MOST = 16384  # characters of a version's notes
+NUMBER_MOST = 2**62  # there must be numbers after it
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +70,17 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A record as one home holds it. `files` are ordered by path; `contents` by digest."""
+    """A record as one home holds it. `files` are ordered by path; `contents` by digest. `generation` is the number of
+    the version: it grows with each manifest that is published. `interim`: it was published while somebody wrote."""
 
     uuid: str
     generation: int
     files: tuple[File, ...]
     contents: Mapping[bytes, Content] = field(default_factory=dict)
     rows: tuple[Mapping[str, Any], ...] = ()
+    published_ns: int = 0
+    notes: str = ""
+    interim: bool = False
 
     @property
     def size(self) -> int:
@@ -121,13 +129,15 @@ def _bytes(value: Any, what: str) -> bytes:
 def dump(manifest: Manifest) -> bytes:
     """The manifest as it is published: canonical JSON, so that equal manifests are equal bytes."""
     positions = {file.path: n for n, file in enumerate(manifest.files)}
-    body = {
+    body: dict[str, Any] = {
         "format": FORMAT,
         "uuid": manifest.uuid,
         "generation": manifest.generation,
         "rows": list(manifest.rows),
         "files": [_dump_file(file, manifest.contents, positions) for file in manifest.files],
     }
+    said = {"published_ns": manifest.published_ns, "notes": manifest.notes, "interim": manifest.interim}
+    body |= {name: value for name, value in said.items() if value}
     return json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
 
 
@@ -182,9 +192,15 @@ def _parse_body(body: dict[str, Any]) -> Manifest:
     for position, item in enumerate(raw):
         if "same" in item:
             files[position] = replace(files[position], same=_first_of(first, position, _whole(item, "same")))
-    _check_tree(files)
+    check_tree(files)
     rows = tuple(row for row in body.get("rows", ()) if isinstance(row, dict))
-    return Manifest(str(body["uuid"]), _whole(body, "generation"), tuple(files), contents, rows)
+    notes = body.get("notes", "")
+    if not isinstance(notes, str) or len(notes) > NOTES_MOST:
+        raise ManifestError("its notes are no text")
+    published_ns = _whole({"published_ns": 0, **body}, "published_ns")
+    interim = body.get("interim") is True
+    generation = _whole(body, "generation", 0, NUMBER_MOST)
+    return Manifest(str(body["uuid"]), generation, tuple(files), contents, rows, published_ns, notes, interim)
 
 
 def _whole(item: Mapping[str, Any], name: str, least: int = 0, most: int = 2**63 - 1) -> int:
@@ -241,7 +257,7 @@ def _attributes(item: Mapping[str, str]) -> tuple[tuple[str, bytes], ...]:
     return tuple(sorted((name, base64.b64decode(value, validate=True)) for name, value in item.items()))
 
 
-def _check_tree(files: Iterable[File]) -> None:
+def check_tree(files: Iterable[File]) -> None:
     """Every path is relative and plain, appears once, and lies in directories of the manifest."""
     seen: dict[bytes, str] = {}
     for file in files:
@@ -289,7 +305,8 @@ def merge(base: Manifest | None, ours: Manifest, theirs: Manifest) -> Merge:
     files = tuple(_linked(result[path], result) for path in sorted(result))
     contents = {**theirs.contents, **ours.contents}
     generation = max(ours.generation, theirs.generation) + 1
-    merged = Manifest(ours.uuid, generation, files, contents, ours.rows or theirs.rows)
+    rows = ours.rows or theirs.rows
+    merged = replace(ours, generation=generation, files=files, contents=contents, rows=rows)
     return Merge(merged, tuple(work.taken), tuple(work.clashes))
 
 

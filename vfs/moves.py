@@ -1,38 +1,32 @@
-"""What is being moved right now, for `status` and progress bars. Thread-safe, in memory only."""
+"""What is being moved right now, for `status` and progress bars: kept from the events. Thread-safe, in memory only."""
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+
+from vfs.events import Ended, Event, Events, Started, Stepped
 
 
 @dataclass(slots=True)
 class Move:
-    """One transfer under way. `done` and `size` in bytes."""
+    """One transfer under way. `done` in bytes."""
 
-    what: str
-    uuid: str
-    path: str
-    store: str
-    size: int
+    event: Started
     done: int = 0
-    started: float = field(default_factory=time.monotonic)
-
-    def step(self, done: int) -> None:
-        self.done = done
+    began: float = field(default_factory=time.monotonic)
 
     def shown(self) -> dict[str, Any]:
-        rate = self.done / max(time.monotonic() - self.started, 1e-3)
-        left = (self.size - self.done) / rate if rate > 0 else None
+        size = self.event.size
+        rate = self.done / max(time.monotonic() - self.began, 1e-3)
+        left = (size - self.done) / rate if rate > 0 else None
         return {
-            "what": self.what,
-            "uuid": self.uuid,
-            "path": self.path,
-            "store": self.store,
+            "what": self.event.what,
+            "uuid": self.event.about.get("uuid", ""),
+            "path": self.event.name,
+            "store": self.event.about.get("store", ""),
             "done": self.done,
-            "size": self.size,
+            "size": size,
             "rate": rate,
             "left_s": left,
         }
@@ -41,21 +35,20 @@ class Move:
 class Moves:
     """The transfers under way, and how fast pushes have been lately (bytes a second)."""
 
-    def __init__(self) -> None:
+    def __init__(self, events: Events) -> None:
         self._lock = threading.Lock()
         self._now: dict[int, Move] = {}
         self.push_rate = 0.0
+        self.close = events.subscribe(self._take, Started, Stepped, Ended)
 
-    @contextmanager
-    def move(self, what: str, uuid: str, path: bytes, store: str, size: int) -> Iterator[Move]:
-        move = Move(what, uuid, path.decode("utf-8", "replace"), store, size)
+    def _take(self, event: Event) -> None:
         with self._lock:
-            self._now[id(move)] = move
-        try:
-            yield move
-        finally:
-            with self._lock:
-                del self._now[id(move)]
+            if isinstance(event, Started):
+                self._now[event.id] = Move(event)
+            elif isinstance(event, Stepped) and event.id in self._now:
+                self._now[event.id].done = event.done
+            elif isinstance(event, Ended):
+                self._now.pop(event.id, None)
 
     def measured(self, size: int, seconds: float) -> None:
         """Take a finished push into the rate that `safe` predicts with. Small ones say little and are left out."""
@@ -63,7 +56,11 @@ class Moves:
             rate = size / seconds
             self.push_rate = rate if not self.push_rate else 0.7 * self.push_rate + 0.3 * rate
 
-    def shown(self) -> list[dict[str, Any]]:
+    def now(self) -> dict[int, dict[str, Any]]:
+        """What is under way, by the ids of its events."""
         with self._lock:
-            moves = list(self._now.values())
-        return [move.shown() for move in moves]
+            moves = dict(self._now)
+        return {number: move.shown() for number, move in moves.items()}
+
+    def shown(self) -> list[dict[str, Any]]:
+        return list(self.now().values())

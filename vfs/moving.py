@@ -10,7 +10,6 @@ import stat
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -18,10 +17,10 @@ from blake3 import blake3
 
 from vfs.core import Core
 from vfs.discard import Discard
-from vfs.errors import DamagedRecord, Refused
-from vfs.format import is_live
+from vfs.errors import Refused
 from vfs.hydrate import Hydrator
 from vfs.journal import Known, Replica, UnitRow
+from vfs.living import live_record, records_in
 from vfs.push import Pusher
 from vfs.residency import State
 from vfs.units import Unit
@@ -43,22 +42,10 @@ class Moving:
 
     def live(self, unit: Unit) -> str | None:
         """The uuid of the unit or a nested record whose run is live."""
-        for uuid, path in self._records(unit):
-            if is_live(os.path.join(unit.base, path) if path else unit.base, time.time()):
-                return uuid
-        return None
-
-    def _records(self, unit: Unit) -> list[tuple[str, bytes]]:
-        records = [(unit.uuid, b"")]
-        root = self._core.index.get(unit.uuid)
-        for nested in self._core.index.nested(unit.uuid) if root else ():
-            with suppress(DamagedRecord):
-                assert root is not None
-                records.append((nested.uuid, self._core.units.relative(root, nested)))
-        return records
+        return live_record(self._core, unit)
 
     def _row(self, unit: Unit, state: State, aside: bytes, known: Mapping[bytes, Known]) -> UnitRow:
-        uuids = [uuid for uuid, _path in self._records(unit)]
+        uuids = [uuid for uuid, _path in records_in(self._core, unit)]
         rows = json.dumps(self._core.index.rows(uuids))
         size = sum(item.file.size for item in known.values())
         return UnitRow(unit.uuid, state.value, unit.directory, aside, rows, size, time.time_ns())

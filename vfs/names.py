@@ -9,6 +9,7 @@ from vfs import linux
 from vfs.access import Access
 from vfs.fstypes import Attributes, Caller
 from vfs.tree import BY, FileNode
+from vfs.versions.past import VERSIONS, PastFile
 
 
 class Names(Access):
@@ -47,6 +48,8 @@ class Names(Access):
     def link(self, ino: int, parent: int, name: bytes) -> Attributes:
         """A hard link: inside one unit only, as content is kept by unit."""
         node, target = self._files(ino), self._files(parent)
+        if isinstance(target, PastFile):
+            self._change(target)  # refuses
         if node.unit is not target.unit:
             raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
         self._named(target)
@@ -79,6 +82,8 @@ class Names(Access):
         self.tree.detach(node, name)
 
     def _rmdir_root(self, name: bytes) -> None:
+        if name == VERSIONS:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         if name not in self.tree.incoming:
             raise PermissionError(errno.EPERM, "a record is not removed through the mount")
         os.rmdir(self.tree.incoming[name])
@@ -89,6 +94,9 @@ class Names(Access):
     def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0) -> None:
         """Rename within a unit or between units whose files are kept alike (EXDEV otherwise: tools then copy)."""
         source, target = self._files(parent), self._files(new_parent)
+        for node in (source, target):
+            if isinstance(node, PastFile):
+                self._change(node)  # refuses
         if source.unit is not target.unit and (source.unit.evicted or target.unit.evicted):
             raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
         self._guard_name(source, name)
@@ -118,7 +126,7 @@ class Names(Access):
         """A directory at the root for a record that comes from elsewhere. It is a place in the storage."""
         if self._core.settings.read_only:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-        if name == BY or name in self.tree.incoming or self._core.index.get(os.fsdecode(name)) is not None:
+        if name in (BY, VERSIONS) or name in self.tree.incoming or self._core.index.get(os.fsdecode(name)) is not None:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
         try:
             name.decode()

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TypeVar
 
-from vfs import linux
-from vfs.access import Access
+from vfs import faults, linux
 from vfs.cache import ATTRIBUTE, FLIGHT, Partial, read_header
 from vfs.fstypes import Attributes, Caller, Change, Handle, Listing, Needs
 from vfs.manifest import CHUNK, chunk_count
+from vfs.passing import Passing, stamp_of
 from vfs.tree import FileNode
 from vfs.units import Unit
+from vfs.versions.past import PastFile
 
 T = TypeVar("T")
 _OURS = (b"user.runfs.state", b"user.runfs.pinned")
@@ -23,7 +24,7 @@ _NEAR = 4 * CHUNK  # bytes a sequential reader may seem to skip
 _STABLE_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_SYNC | os.O_DSYNC | os.O_NOATIME
 
 
-class OpenFiles(Access):
+class OpenFiles(Passing):
     """Open files, and what changes a file's content or attributes."""
 
     def setattr(self, ino: int, change: Change, handle: Handle | None = None) -> Attributes:
@@ -31,7 +32,7 @@ class OpenFiles(Access):
         node = self._files(ino)
         if change.size is not None:
             self._guard_header(node)
-            self._truncate(node, change.size, handle)
+            self._truncate(node, change.size, handle, change.by)
         self._change(node)
         fd = self._reach(node, handle)
         try:
@@ -64,10 +65,14 @@ class OpenFiles(Access):
         if isinstance(node.parent, FileNode) and stat.S_ISLNK(os.fstat(fd).st_mode):
             with self._directory(node.parent) as at:
                 os.utime(node.name, ns=times, dir_fd=at, follow_symlinks=False)
+        elif (partial := self._core.in_use(fd)) is not None:
+            with partial.lock:
+                os.utime(f"/proc/self/fd/{fd}", ns=times)
+                partial.mtime_ns = times[1]
         else:
             os.utime(f"/proc/self/fd/{fd}", ns=times)
 
-    def _truncate(self, node: FileNode, size: int, handle: Handle | None) -> None:
+    def _truncate(self, node: FileNode, size: int, handle: Handle | None, uid: int) -> None:
         self._change(node)
         fd = handle.fd if handle is not None and handle.writable else self._open_real(node, os.O_WRONLY)
         try:
@@ -76,6 +81,7 @@ class OpenFiles(Access):
                 os.ftruncate(fd, size)
             else:
                 self._truncate_partial(node, fd, partial, size)
+            self._drop_set_id(node, fd, uid)
         finally:
             if handle is None or fd != handle.fd:
                 os.close(fd)
@@ -89,19 +95,31 @@ class OpenFiles(Access):
         finally:
             self._core.release(partial)
 
-    def open(self, ino: int, flags: int) -> Handle:
-        """Open a file. Touches no store. Raises EWOULDBLOCK while the file is just being evicted: try again."""
+    def _drop_set_id(self, node: FileNode, fd: int, uid: int) -> None:
+        """What changes by the hand of `uid` is not set-uid any more. The kernel leaves that to us, and does it for us
+        in the file behind unless we are root."""
+        if uid and self._owner[0] == 0 and linux.drop_set_id(fd):
+            for tell in self._core.content_changed:
+                tell(node.unit)
+
+    def open(self, ino: int, flags: int, uid: int = 0) -> Handle:
+        """Open a file for `uid`. Touches no store. Raises EWOULDBLOCK while the file is just being evicted: try
+        again."""
         node = self._files(ino)
         writes = flags & os.O_ACCMODE != os.O_RDONLY or bool(flags & os.O_TRUNC)
+        if isinstance(node, PastFile):
+            if writes:
+                self._change(node)  # refuses
+            return self._opened(node, self.past.open(node), flags, uid)
         if writes and self._may_be_repeated(node):
-            handle = self._opened(node, self._open_real(node, os.O_RDONLY), flags & ~os.O_TRUNC)
+            handle = self._opened(node, self._open_real(node, os.O_RDONLY), flags & ~os.O_TRUNC, uid)
             handle.repeats = True
             return handle
         if writes:
             self._guard_header(node)
             self._change(node)
         fd = self._open_real(node, flags & _STABLE_FLAGS)
-        return self._opened(node, fd, flags)
+        return self._opened(node, fd, flags, uid)
 
     def create(self, parent: int, name: bytes, mode: int, flags: int, caller: Caller) -> tuple[Handle, Attributes]:
         node = self._files(parent)
@@ -119,7 +137,7 @@ class OpenFiles(Access):
                 raise
         child = self.tree.child(node, name, status)
         child.lookups += 1
-        handle = self._opened(child, fd, flags & ~os.O_EXCL)
+        handle = self._opened(child, fd, flags & ~os.O_EXCL, caller.uid)
         child.unsynced = handle.wrote = True  # so that closing it makes its name durable
         return handle, self._describe(child, os.fstat(fd))
 
@@ -133,13 +151,13 @@ class OpenFiles(Access):
                 raise
             return linux.open_beneath(at, name, wanted), False
 
-    def _opened(self, node: FileNode, fd: int, flags: int) -> Handle:
+    def _opened(self, node: FileNode, fd: int, flags: int, uid: int) -> Handle:
         try:
             partial = self._core.partial(fd) if node.unit.evicted else None
         except BaseException:
             os.close(fd)
             raise
-        handle = Handle(node, fd, flags, partial)
+        handle = Handle(node, fd, flags, partial, uid=uid)
         node.handles += (handle,)
         node.unit.handles += 1
         node.unit.writers += handle.writable
@@ -151,6 +169,7 @@ class OpenFiles(Access):
                 self.release(handle)
                 raise
         status = os.fstat(fd)
+        handle.stamp = stamp_of(status)
         stamp = (status.st_size, status.st_mtime_ns, self._core.ctime(status))
         handle.keep_cache = node.stamp == stamp
         node.stamp = stamp
@@ -158,9 +177,9 @@ class OpenFiles(Access):
 
     def _truncate_opened(self, node: FileNode, handle: Handle) -> None:
         if handle.writable:
-            self._truncate(node, 0, handle)
+            self._truncate(node, 0, handle, handle.uid)
         else:  # O_RDONLY | O_TRUNC: unspecified by POSIX, truncates on Linux
-            self._truncate(node, 0, None)
+            self._truncate(node, 0, None, handle.uid)
         handle.wrote = True
 
     def read(self, handle: Handle, offset: int, size: int) -> bytes:
@@ -223,6 +242,7 @@ class OpenFiles(Access):
         handle.wrote = node.unsynced = True
         if not node.unit.dirty:
             self._change(node)
+        self._drop_set_id(node, handle.fd, handle.uid)
         partial = handle.partial
         if partial is None:
             return os.pwrite(handle.fd, data, offset)
@@ -239,11 +259,17 @@ class OpenFiles(Access):
 
     def getxattr(self, ino: int, name: bytes) -> bytes:
         """One attribute; ENODATA when there is none."""
+        node = self._files(ino)
+        if isinstance(node, PastFile) and (value := self.past.attribute(node, name)) is not None:
+            return value
         if name in _OURS:
             return self._our_attribute(self._files(ino), name)
         return self._at(ino, lambda target: os.getxattr(target, _user(name)))
 
     def listxattr(self, ino: int) -> list[bytes]:
+        node = self._files(ino)
+        if isinstance(node, PastFile):
+            return [os.fsencode(name) for name, _value in node.file.attributes] if node.file is not None else []
         found = self._at(ino, os.listxattr)
         mine = [name for name in found if name.startswith("user.") and name != ATTRIBUTE]
         return [*_OURS, *(os.fsencode(name) for name in mine)]
@@ -278,7 +304,7 @@ class OpenFiles(Access):
         """What must reach the disk before close or fsync may be answered, as a call for a worker thread, or None."""
         node = handle.node
         directories = self._take_unsynced(node.unit)
-        if not node.unsynced and not handle.wrote and not directories:
+        if not (node.unsynced or handle.wrote or directories or self._written_past(node)):
             return None
         fd = os.dup(handle.fd)
         node.unsynced = handle.wrote = False
@@ -290,6 +316,7 @@ class OpenFiles(Access):
                     partial.save()
                 os.fdatasync(fd) if data_only and partial is None else os.fsync(fd)
                 sync_directories(unit, directories)
+                faults.point("file.synced")
             except BaseException:
                 node.unsynced = True
                 self._unsynced.setdefault(unit.uuid, set()).update(directories)
@@ -302,7 +329,7 @@ class OpenFiles(Access):
     def sync_directory_plan(self, listing: Listing) -> Callable[[], None]:
         """The same for fsync of a directory."""
         node = listing.node
-        if not isinstance(node, FileNode):
+        if not isinstance(node, FileNode) or isinstance(node, PastFile):
             return lambda: None
         unit, directories = node.unit, self._take_unsynced(node.unit) | {node.path}
         return lambda: sync_directories(unit, directories)
@@ -310,8 +337,20 @@ class OpenFiles(Access):
     def _take_unsynced(self, unit: Unit) -> set[bytes]:
         return self._unsynced.pop(unit.uuid, set())
 
-    def release(self, handle: Handle) -> None:
-        """The last use of a handle is over."""
+    def release(self, handle: Handle) -> bool:
+        """The last use of a handle is over. False while the file can still be written through a map of it: then the
+        handle counts as open, and this is to be called again."""
+        try:
+            if self._still_written(handle):
+                return False
+            self.catch_up(handle)
+        except BaseException:
+            self._close(handle)
+            raise
+        self._close(handle)
+        return True
+
+    def _close(self, handle: Handle) -> None:
         node = handle.node
         node.handles = tuple(other for other in node.handles if other is not handle)
         node.unit.handles -= 1

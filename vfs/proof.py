@@ -55,6 +55,8 @@ class Prover(Moving):
             self._doubt(unit, home)
             raise Refused(f"its manifest is gone from there; runfs push {unit.uuid} brings it again") from None
         if body != row.manifest:
+            self._core.journal.doubt_home(unit.uuid, home.name)
+            self._core.units.mark_dirty(unit, f"another host changed it in {home.name}")
             raise Refused(f"another host changed the record there; runfs push {unit.uuid} merges it")
         replicas = self._core.journal.replicas_of(unit.uuid, home.name)
         wanted = {item.file.digest for item in known.values() if item.file.kind == "file"}

@@ -17,30 +17,34 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from blake3 import blake3
 
 from vfs import cache, faults
-from vfs.core import Core, Home, data_key, manifest_key, plain_key
-from vfs.errors import Conflict, NotFound, RunfsError, WrongBytes
-from vfs.hydrate import Hydrator, read_back
+from vfs.core import Core, Home
+from vfs.errors import NotFound, Refused, RunfsError
+from vfs.hydrate import Hydrator
 from vfs.journal import Home as HomeRow
 from vfs.journal import Known, Replica
-from vfs.manifest import Content, File, Manifest, Merge, dump, merge, parse, same_tree
+from vfs.living import live_record
+from vfs.manifest import Content, File, Manifest, Merge, dump, merge, parse
 from vfs.scan import Changing, Scan, open_file, walk
 from vfs.scan import scan as scan_unit
-from vfs.stores.protocol import Stat
 from vfs.taking import take
 from vfs.units import Unit
+from vfs.uploads import ADOPTED, Mover, Placed, Uploads
+from vfs.versions import kept as versions
+from vfs.versions import pruning
+from vfs.versions.journal import Transaction
+from vfs.versions.transactions import end_commit, why_held
+from vfs.wire import keys_in, lacking_in, publish, their_manifest, with_keys
 
 log = logging.getLogger(__name__)
 
-SMALL = 8 << 20  # bytes; up to here a content is one request, with its md5 to compare
 _SMALL_AT_ONCE = 16
-_TRIES = 5  # to publish against another host that publishes too
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +97,13 @@ class Pusher:
             self._core.journal.replace_known(unit.uuid, found.known, found.contents.values())
         return found
 
-    def push(self, unit: Unit, homes: Iterable[Home] | None = None) -> Outcome:
-        """Bring everything of a unit to its homes. Store failures are in the outcome; local ones are raised."""
+    def push(self, unit: Unit, homes: Iterable[Home] | None = None, *, notes: str = "") -> Outcome:
+        """Bring everything of a unit to its homes; what is published carries `notes`. Store failures are in the
+        outcome; local ones are raised. Raises Refused while a transaction of it is open."""
         with unit.moving:
+            held = self._core.transactions.get(unit.uuid)
+            if held is not None and held.state != "committing":
+                raise Refused(f"{unit.uuid}: {why_held(held)}")
             outcome = Outcome(unit.uuid)
             sequence = self._core.sequence(unit)
             os.close(unit.open_base())  # a record that is gone is told so
@@ -103,14 +111,19 @@ class Pusher:
             faults.point("push.scanned")
             outcome.unsettled = found.unsettled
             rows = self.rows(unit)
+            interim = held is None and bool(found.unsettled or unit.writers or live_record(self._core, unit))
             for home in self._core.homes if homes is None else homes:
                 try:
-                    outcome.pushed.append(self._push_to(unit, home, found, rows))
+                    said = held.notes if held and self._is_due(held, home) else notes
+                    publishing = _Publishing(rows, said, interim)
+                    outcome.pushed.append(self._push_to(unit, home, found, publishing))
                 except Changing as error:
                     outcome.unsettled += (b"",)
                     log.info("%s: %s", unit.uuid, error)
                 except RunfsError as error:
                     outcome.failed.append((home.name, error))
+            if held is not None and homes is None and len(outcome.pushed) == len(self._core.homes):
+                end_commit(self._core, held)
             done = homes is None and self._core.homes and not outcome.failed and not outcome.unsettled
             if done:
                 self._core.commit(lambda: setattr(outcome, "clean", self._core.units.mark_clean(unit, sequence)))
@@ -132,127 +145,127 @@ class Pusher:
                 self._core.journal.keep_rows(unit.uuid, json.dumps(after))
         return tuple(rows[uuid] for uuid in sorted(rows))
 
-    def _push_to(self, unit: Unit, home: Home, found: Scan, rows: tuple[Mapping[str, Any], ...]) -> Pushed:
+    def _is_due(self, held: Transaction, home: Home) -> bool:
+        """Whether a home does not have what a transaction's commit publishes yet."""
+        row = self._core.journal.home(held.uuid, home.name)
+        return row is None or row.generation <= held.numbers.get(home.name, 0)
+
+    def _push_to(self, unit: Unit, home: Home, found: Scan, publishing: "_Publishing") -> Pushed:
         began = time.monotonic()
         journal = self._core.journal
         row = journal.home(unit.uuid, home.name)
-        previous = parse(row.manifest, unit.uuid) if row else self._theirs(unit, home)
+        previous = parse(row.manifest, unit.uuid) if row else their_manifest(home, unit.uuid)
         contents = {**journal.contents_of(unit.uuid), **found.contents}
-        have = journal.replicas_of(unit.uuid, home.name)
-        lacking: dict[bytes, list[Known]] = {}
-        for known in found.known:
-            if known.file.kind == "file" and known.file.digest not in have:
-                lacking.setdefault(known.file.digest, []).append(known)
-        uploads = Uploads(self._core, unit, home, contents, _plain_taken(previous), lacking)
+        have, unsure = self._have(unit, home, found, previous)
+        lacking = lacking_in(found.files, have)
         todo = [same[0] for same in lacking.values()]
         if unit.evicted:
             self._make_whole(unit, todo)
-        have |= self._upload(uploads, todo)
+        moving = self._shown(unit, home)
+        renew_s = self._core.settings.versions.grace / 2
+        uploads = Uploads(home, unit.uuid, unit.base, contents, keys_in(previous), lacking, moving, renew_s)
+
+        def note(placed: Sequence[Placed]) -> None:
+            self._note(unit, home, placed)
+            unsure.update({each.key: each.digest for each in placed if previous and each.how == ADOPTED})
+
+        have |= uploads.run(self._pool, note)
         faults.point("push.recorded")
-        ours = Manifest(unit.uuid, (row.generation if row else 0) + 1, _with_keys(found.files, have), contents, rows)
-        if row is not None and previous is not None and same_tree(previous, ours) and previous.rows == ours.rows:
+        ours = publishing.manifest(unit.uuid, with_keys(found.files, have), contents)
+        if row is not None and row.proven_ns and previous is not None and _is_there(previous, ours):
             return Pushed(home.name, 0, 0)
+        ours = replace(ours, generation=self._number(unit, home, previous, ours))
         clashes = self._publish(unit, home, row, previous if row else None, ours)
-        size = sum(known.file.size for known in todo)
+        self._look_after(unit, home, unsure)
+        size = sum(file.size for file in todo)
         self._core.moves.measured(size, time.monotonic() - began)
         digest = blake3(dump(ours)).hexdigest()
         journal.add_receipt("push", unit.uuid, home.name, len(todo), size, digest, {"generation": ours.generation})
+        pruning.tidy(self._core, home, unit.uuid)
         return Pushed(home.name, len(todo), size, clashes)
 
-    def _upload(self, uploads: "Uploads", todo: list[Known]) -> dict[bytes, Replica]:
-        """Upload contents: small ones many at once, large ones one after the other (each is parallel in itself)."""
-        small = [known for known in todo if known.file.size <= SMALL]
-        large = [known for known in todo if known.file.size > SMALL]
-        done: dict[bytes, Replica] = {}
-        futures = [self._pool.submit(uploads.small, known) for known in small]
-        errors: list[BaseException] = []
-        for future in futures:
-            try:
-                replica = future.result()
-                done[replica.digest] = replica
-            except (RunfsError, OSError) as error:
-                errors.append(error)
-        self._core.journal.set_replicas(done.values())
-        if errors:
-            raise errors[0] if isinstance(errors[0], RunfsError) else Changing(str(errors[0]))
-        for known in large:
-            replica = uploads.large(known)
-            self._core.journal.set_replicas([replica])
-            done[replica.digest] = replica
-        return done
+    def _have(
+        self, unit: Unit, home: Home, found: Scan, previous: Manifest | None
+    ) -> tuple[dict[bytes, str], dict[str, bytes]]:
+        """Which contents a home has (digest -> key), and which of these objects its manifest does not name (key ->
+        digest): another host may be sweeping them, unless they were written lately."""
+        replicas = self._core.journal.replicas_of(unit.uuid, home.name)
+        named = keys_in(previous)
+        have = {digest: r.key for digest, r in replicas.items() if previous is None or r.key in named}
+        unsure: dict[str, bytes] = {}
+        for digest, same in lacking_in(found.files, have).items():
+            if digest in replicas and _is_fresh(home, replicas[digest], same[0].size, self._core):
+                have[digest] = replicas[digest].key
+                unsure[replicas[digest].key] = digest
+        return have, unsure
 
-    def _make_whole(self, unit: Unit, todo: Iterable[Known]) -> None:
+    def _number(self, unit: Unit, home: Home, previous: Manifest | None, ours: Manifest) -> int:
+        """The number of the version to be published: larger than any that this home ever had, and the one another home
+        has of the same state."""
+        journal = self._core.journal
+        rows = {row.store: row for row in journal.homes(unit.uuid)}
+        before = [version.number for version in journal.versions(unit.uuid, home.name)]
+        before += [previous.generation] if previous else versions.numbers(home, unit.uuid)
+        least = max(before, default=0) + 1
+        latest = max(rows.values(), key=lambda row: row.generation, default=None)
+        if latest is None or latest.generation < least:
+            return least
+        if latest.store != home.name and versions.same_state(parse(latest.manifest, unit.uuid), ours):
+            return latest.generation
+        return latest.generation + 1
+
+    def _look_after(self, unit: Unit, home: Home, unsure: Mapping[str, bytes]) -> None:
+        """Objects that no manifest named until now: another host that swept at this very moment did not know that they
+        are needed. Raises Changing: then the next push brings them again."""
+        for key in sorted(versions.lost(home, unit.uuid, unsure)):
+            self._core.journal.forget_replica(unsure[key], home.name, unit.uuid)
+            self._core.journal.forget_home(unit.uuid, home.name)
+            raise Changing(f"{key} is being swept from {home.name}; it is pushed again")
+
+    def _note(self, unit: Unit, home: Home, placed: Sequence[Placed]) -> None:
+        """Record what a home holds now."""
+        self._core.journal.set_replicas(
+            Replica(each.digest, home.name, unit.uuid, each.key, each.proven_ns, each.how) for each in placed
+        )
+
+    def _shown(self, unit: Unit, home: Home) -> Mover:
+        """Shows large files on their way to a home as moves."""
+
+        def moving(path: bytes, size: int) -> AbstractContextManager[Callable[[int], None]]:
+            name = path.decode("utf-8", "replace")
+            return self._core.events.progress("push", name, size, uuid=unit.uuid, store=home.name)
+
+        return moving
+
+    def _make_whole(self, unit: Unit, todo: Iterable[File]) -> None:
         """Bring what another home has, for a home that lacks it."""
-        for known in todo:
-            fd = open_file(unit.base, known.file.path, os.O_RDONLY)
+        for file in todo:
+            fd = open_file(unit.base, file.path, os.O_RDONLY)
             try:
                 if cache.read_header(fd) is not None:
-                    self._hydrator.complete(fd, unit.uuid, known.file.path)
+                    self._hydrator.complete(fd, unit.uuid, file.path)
             finally:
                 os.close(fd)
-
-    def _theirs(self, unit: Unit, home: Home) -> Manifest | None:
-        """The manifest a store already has of a record we never pushed there."""
-        try:
-            with home.watched():
-                return parse(home.store().read(manifest_key(unit.uuid)), unit.uuid)
-        except NotFound:
-            return None
 
     def _publish(
         self, unit: Unit, home: Home, row: HomeRow | None, base: Manifest | None, ours: Manifest
     ) -> tuple[tuple[bytes, bytes], ...]:
-        """Commit: the manifest replaces the version we built on, or is merged with what another host made of it.
+        """Commit, and record what the store has now."""
 
-        What was written is read back at once: that proves it, and gives its version even where a write does not.
-        """
-        version = row.version if row else None
-        clashes: tuple[tuple[bytes, bytes], ...] = ()
-        for _try in range(_TRIES):
-            body = dump(ours)
-            try:
-                with home.watched():
-                    self._write_manifest(home, manifest_key(unit.uuid), body, version)
-                faults.point("push.published")
-            except Conflict:
-                log.info("%s: %s has another version; merging", unit.uuid, home.name)
-            read, version = self._read_manifest(home, unit.uuid)
-            if read is None:
-                continue
-            if read != body:
-                merged = self._merge(unit, home, base, ours, parse(read, unit.uuid))
-                ours, base = merged.manifest, parse(read, unit.uuid)
-                clashes = (*clashes, *merged.clashes)
-                continue
-            now = time.time_ns()
-            home.was_used()
-            faults.point("push.read")
-            self._core.journal.set_home(
-                HomeRow(unit.uuid, home.name, ours.generation, version or "", body, rows_digest(ours.rows), now, now)
-            )
-            return clashes
-        raise Conflict(f"{home.name}: another host publishes {unit.uuid} again and again; runfs goes on trying")
+        def merged(base: Manifest | None, ours: Manifest, theirs: Manifest) -> Merge:
+            return self._merge(unit, home, base, ours, theirs)
 
-    def _write_manifest(self, home: Home, key: str, body: bytes, version: str | None) -> None:
-        store = home.store()
-        if not store.info().conditional_write:
-            store.write(key, body)
-        elif version:
-            store.write(key, body, if_version=version)
-        else:
-            store.write(key, body, if_absent=True)
+        def kept_one(earlier: Manifest) -> None:
+            self._core.journal.add_version(home.name, earlier)
 
-    def _read_manifest(self, home: Home, uuid: str) -> tuple[bytes | None, str | None]:
-        """The manifest in a store and its version, None where it is absent or changed while we looked."""
-        store, key = home.store(), manifest_key(uuid)
-        try:
-            with home.watched():
-                before = store.stat(key).version
-                body = store.read(key)
-                settled = store.stat(key).version == before
-        except NotFound:
-            return None, None
-        return (body if settled else None), before
+        done = publish(home, ours, base, row.version if row else None, merged, kept_one)
+        now = time.time_ns()
+        home.was_used()
+        faults.point("push.read")
+        generation, marks = done.manifest.generation, rows_digest(done.manifest.rows)
+        self._core.journal.set_home(HomeRow(unit.uuid, home.name, generation, done.version, done.body, marks, now, now))
+        pruning.supersede(self._core.journal, home.name, done.dropped, done.manifest)
+        return done.clashes
 
     def _merge(self, unit: Unit, home: Home, base: Manifest | None, ours: Manifest, theirs: Manifest) -> Merge:
         merged = merge(base, ours, theirs)
@@ -291,134 +304,35 @@ def _settle_times(base: bytes, known: Mapping[bytes, Known]) -> None:
             os.close(fd)
 
 
-def _proof_of(stat: Stat) -> tuple[int, str]:
-    """When and how an upload was proven: the store's own checksum equals that of what was sent, or not yet."""
-    return (time.time_ns(), f"{stat.checksum[0]} of the store") if stat.verified and stat.checksum else (0, "")
+@dataclass(frozen=True, slots=True)
+class _Publishing:
+    """What a manifest says beside the files."""
+
+    rows: tuple[Mapping[str, Any], ...]
+    notes: str
+    interim: bool
+
+    def manifest(self, uuid: str, files: tuple[File, ...], contents: Mapping[bytes, Content]) -> Manifest:
+        return Manifest(uuid, 0, files, contents, self.rows, time.time_ns(), self.notes, self.interim)
+
+
+def _is_there(previous: Manifest, ours: Manifest) -> bool:
+    """Whether a home's manifest says all of ours already, also that it is no longer being written."""
+    return versions.same_state(previous, ours) and (ours.interim or not previous.interim)
+
+
+def _is_fresh(home: Home, replica: Replica, size: int, core: Core) -> bool:
+    """Whether an object is there and too new to be swept."""
+    try:
+        with home.watched():
+            stat = home.store().stat(replica.key)
+    except NotFound:
+        return False
+    age_ns = time.time_ns() - stat.modified_ns if stat.modified_ns is not None else 0
+    return stat.size == size and age_ns < core.settings.versions.grace / 2 * 1e9
 
 
 def rows_digest(rows: Iterable[Mapping[str, Any]]) -> str:
     """A short mark of index rows, to see whether they changed since they were published."""
     ordered = sorted(rows, key=lambda row: str(row["record_id"]))
     return blake3(json.dumps(ordered, sort_keys=True).encode()).hexdigest(16)
-
-
-def _plain_taken(previous: Manifest | None) -> frozenset[str]:
-    return frozenset(file.key for file in previous.files) if previous else frozenset()
-
-
-def _with_keys(files: Iterable[File], replicas: Mapping[bytes, Replica]) -> tuple[File, ...]:
-    keyed = (replace(file, key=replicas[file.digest].key) if file.kind == "file" else file for file in files)
-    return tuple(sorted(keyed, key=lambda file: file.path))
-
-
-@dataclass(frozen=True, slots=True)
-class Uploads:
-    """Uploading contents of one unit to one home."""
-
-    core: Core
-    unit: Unit
-    home: Home
-    contents: Mapping[bytes, Content]
-    taken: frozenset[str]
-    lacking: Mapping[bytes, Sequence[Known]]  # by digest: every path with this content
-
-    def small(self, known: Known) -> Replica:
-        """Upload up to `SMALL` bytes in one request. Proven at once where the store keeps an md5."""
-        file = known.file
-        data = self._read_all(file)
-        if len(data) != file.size or blake3(data).digest() != file.digest:
-            raise Changing(f"{os.fsdecode(file.path)} changed while it was pushed")
-
-        def write(key: str, if_absent: bool) -> tuple[int, str]:
-            with self.home.watched():
-                stat = self.home.store().write(key, data, if_absent=if_absent)
-            return _proof_of(stat)
-
-        return self._place(file, write)
-
-    def large(self, known: Known) -> Replica:
-        """Stream a file up, digesting what is sent: what arrived there is what the manifest says, or it is removed."""
-        file = known.file
-        fd = open_file(self.unit.base, file.path, os.O_RDONLY)
-        try:
-            return self._place(file, lambda key, if_absent: self._stream(fd, file, key, if_absent))
-        finally:
-            os.close(fd)
-
-    def _stream(self, fd: int, file: File, key: str, if_absent: bool) -> tuple[int, str]:
-        sent = blake3()
-        position = 0
-
-        def source(offset: int, length: int) -> bytes:
-            nonlocal position
-            data = os.pread(fd, length, offset)
-            if offset == position and len(data) == length:
-                sent.update(data)
-                position += length
-            return data
-
-        name = self.home.name
-        with self.core.moves.move("push", self.unit.uuid, file.path, name, file.size) as move, self.home.watched():
-            stat = self.home.store().upload(key, source, file.size, if_absent=if_absent, progress=move.step)
-        if position != file.size or sent.digest() != file.digest:
-            self.home.store().delete(key)
-            raise Changing(f"{os.fsdecode(file.path)} changed while it was pushed")
-        return _proof_of(stat)
-
-    def _read_all(self, file: File) -> bytes:
-        fd = open_file(self.unit.base, file.path, os.O_RDONLY)
-        try:
-            return b"".join(iter(lambda: os.read(fd, SMALL), b""))
-        finally:
-            os.close(fd)
-
-    def _place(self, file: File, write: Callable[[str, bool], tuple[int, str]]) -> Replica:
-        """Write under the plain name if nothing is there, else adopt what is there, else under the digest."""
-        uuid, store = self.unit.uuid, self.home.store()
-        content = self.contents[file.digest]
-        for key in (plain_key(uuid, file.path), data_key(uuid, file.digest)):
-            if key in self.taken and key != data_key(uuid, file.digest):
-                continue
-            try:
-                if store.info().conditional_write:
-                    proven, how = write(key, True)
-                elif self._exists(key):
-                    raise Conflict(f"{key} exists")
-                else:
-                    proven, how = write(key, False)
-            except Conflict:
-                replica = Replica(file.digest, self.home.name, uuid, key, time.time_ns(), "read back")
-                try:
-                    read_back(self.home, replica, content)
-                except (WrongBytes, NotFound):
-                    continue
-                self._place_others(file, key)
-                return replica
-            faults.point("push.uploaded")
-            self._place_others(file, key)
-            return Replica(file.digest, self.home.name, uuid, key, proven, how)
-        # Its name is the digest of other bytes, so it is of no use to anybody: the one object that is replaced.
-        log.warning("%s holds wrong bytes under %s; they are replaced", self.home.name, key)
-        proven, how = write(key, False)
-        return Replica(file.digest, self.home.name, uuid, key, proven, how)
-
-    def _place_others(self, file: File, source: str) -> None:
-        """The plain objects of other paths with the same content: any tool finds all of a record by its names."""
-        store = self.home.store()
-        for known in self.lacking[file.digest][1:]:
-            key = plain_key(self.unit.uuid, known.file.path)
-            if key in self.taken or self._exists(key):
-                continue
-            with suppress(Conflict), self.home.watched():
-                if store.info().server_copy:
-                    store.copy(source, key, if_absent=store.info().conditional_write)
-                elif file.size <= SMALL and blake3(data := self._read_all(file)).digest() == file.digest:
-                    store.write(key, data, if_absent=store.info().conditional_write)
-
-    def _exists(self, key: str) -> bool:
-        try:
-            with self.home.watched():
-                self.home.store().stat(key)
-        except NotFound:
-            return False
-        return True

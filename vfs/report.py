@@ -17,6 +17,8 @@ from vfs.push import rows_digest
 from vfs.residency import FileState
 from vfs.scan import differs, open_file, walk
 from vfs.units import Unit
+from vfs.versions import transactions
+from vfs.versions.transactions import why_held
 from vfs.where import parse_where
 
 if TYPE_CHECKING:
@@ -65,7 +67,9 @@ def overview(session: "Session") -> dict[str, Any]:
         },
         "moving": core.moves.shown(),
         "waiting": session.waiting(),
+        "passthrough": session.passthrough(),
         "queue": _queue(core),
+        "transactions": transactions.shown(core),
         "stores": store_states(core),
         "warnings": [*session.warnings, *_unlooked(core, sizes, roots)],
     }
@@ -99,8 +103,9 @@ def store_states(core: Core) -> list[dict[str, Any]]:
             "reachable": False if home.error else (True if home.latency_s is not None else None),
             "latency_ms": home.latency_s * 1000 if home.latency_s is not None else None,
             "error": home.error,
+            "source": home.read_only,
         }
-        for home in core.homes
+        for home in core.stores
     ]
 
 
@@ -306,6 +311,8 @@ def unpushed(core: Core, unit: Unit) -> tuple[int, int]:
         files = [seen for seen in walk(unit.base) if seen.kind == "file"]
         return max(len(files), 1), sum(seen.status.st_size for seen in files)
     changed = differs(unit.base, known, shadow=unit.evicted)
+    if not changed and unit.uuid in core.transactions:
+        return 1, 0  # what only the transaction knows: its notes, and that others see the record without its changes
     if changed:
         return len(changed), sum(seen.status.st_size for seen in changed if seen.kind == "file")
     if unit.dirty or not _rows_pushed(core, unit):
@@ -316,7 +323,8 @@ def unpushed(core: Core, unit: Unit) -> tuple[int, int]:
 def _rows_pushed(core: Core, unit: Unit) -> bool:
     uuids = [unit.uuid, *(record.uuid for record in core.index.nested(unit.uuid))]
     mark = rows_digest(core.index.rows(uuids))
-    marks = [home.rows for home in core.journal.homes(unit.uuid)]
+    homes = {home.name for home in core.homes}
+    marks = [home.rows for home in core.journal.homes(unit.uuid) if home.store in homes]
     return sum(each == mark for each in marks) >= core.settings.min_copies
 
 
@@ -360,6 +368,8 @@ def _why(error: BaseException) -> str:
 
 
 def _unsafe_reason(core: Core, unit: Unit, files: int) -> str:
+    if (held := core.transactions.get(unit.uuid)) is not None:
+        return why_held(held)
     error = _error_of(core, unit)
     count = "1 file" if files == 1 else f"{files:,} files"
     return f"{count} to push" + (f"; the last try failed: {error}" if error else "")

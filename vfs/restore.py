@@ -190,7 +190,7 @@ class Restorer(Moving):
                 f"{unit.uuid}: all of {os.fsdecode(storage)} is gone: mount its disk, or if the project was moved: "
                 "runfs reindex"
             )
-        for home in self._core.homes:
+        for home in self._core.stores:
             try:
                 with home.watched():
                     body = home.store().read(manifest_key(unit.uuid))

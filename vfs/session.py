@@ -11,9 +11,9 @@ import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from vfs import actions, doctor, imports, report
-from vfs.core import Core
-from vfs.errors import UsageError
+from vfs import actions, doctor, imports, reindexing, report
+from vfs.core import Core, nature_of
+from vfs.errors import ConfigError, UsageError
 from vfs.evict import Evictor
 from vfs.hydrate import Hydrator
 from vfs.index import Index
@@ -22,6 +22,9 @@ from vfs.push import Pusher
 from vfs.settings import Settings
 from vfs.stores import validate
 from vfs.units import point
+from vfs.versions import actions as version_actions
+from vfs.versions.reverting import Reverter
+from vfs.versions.transactions import Transactions
 
 log = logging.getLogger(__name__)
 _TELL_S = 1.0
@@ -45,8 +48,11 @@ class Session:
         self.hydrator = Hydrator(self.core)
         self.pusher = Pusher(self.core, self.hydrator)
         self.evictor = Evictor(self.core, self.pusher, self.hydrator)
+        self.reverter = Reverter(self.core, self.pusher, self.hydrator)
+        self.transactions = Transactions(self.core, self.pusher, self.evictor, self.reverter)
         self.warnings: list[str] = []
         self.waiting: Callable[[], list[dict[str, Any]]] = list  # the daemon knows who waits
+        self.passthrough: Callable[[], str] = lambda: "off: not mounted"  # the daemon knows
         self.stopping = threading.Event()
 
     @classmethod
@@ -56,6 +62,7 @@ class Session:
         Raises ConfigError for a store that cannot be (a mount with it would only fail later; nothing is asked yet),
         IndexUnavailable, JournalLocked (another process serves this index), JournalError.
         """
+        _enough_homes(settings)
         for store in settings.stores if role == "daemon" else ():
             validate(store.url, store.name, store.options)
         index = Index.open(settings.index, create=settings.create_index)
@@ -88,7 +95,7 @@ class Session:
 
     def put_rows_back(self) -> list[str]:
         """Give evicted records back to an index that machinable dropped and rebuilt; the uuids put back."""
-        return imports.put_rows_back(self.core)
+        return reindexing.put_rows_back(self.core)
 
     def close(self) -> None:
         """Stop what runs and let go of everything. What was not pushed stays in the journal."""
@@ -113,9 +120,14 @@ class Session:
             ticker.join()
 
     def _tell_moves(self, progress: Progress, over: threading.Event) -> None:
-        """While a command works, tell every second what is being moved."""
+        """While a command works, tell every second what is being moved, and of what was told that it is over."""
+        told: dict[int, dict[str, Any]] = {}
         while not over.wait(_TELL_S):
-            for move in self.core.moves.shown():
+            now = self.core.moves.now()
+            for number in [number for number in told if number not in now]:
+                progress({**told.pop(number), "over": True})
+            told |= now
+            for move in now.values():
                 progress(move)
 
 
@@ -132,11 +144,25 @@ COMMANDS: dict[str, Command] = {
     "unpin": actions.unpin,
     "push": actions.push,
     "verify": actions.verify,
-    "reindex": imports.reindex,
+    "reindex": reindexing.reindex,
     "import": imports.import_,
     "stores": doctor.stores,
     "doctor": doctor.doctor,
+    "versions": version_actions.versions,
+    "versions restore": version_actions.restore,
+    "versions prune": version_actions.prune,
+    "transaction": version_actions.transaction,
 }
+
+
+def _enough_homes(settings: Settings) -> None:
+    """What is read-only or calculated is no copy: `min_copies` must be possible with the others."""
+    homes = [store.name for store in settings.stores if not nature_of(store).read_only]
+    if homes and settings.min_copies > len(homes):
+        raise ConfigError(
+            f"min_copies is {settings.min_copies} but only {len(homes)} of the stores can be pushed to "
+            f"({', '.join(homes)}): add a store that can be written to, or lower min_copies"
+        )
 
 
 def _raise_descriptors() -> None:

@@ -157,6 +157,14 @@ class ProofSettings(Part):
     max_age: Seconds = 7 * 86400.0  # seconds an older proof may be reused for before it is made again
 
 
+class VersionsSettings(Part):
+    """Which earlier versions of a record its stores keep, and what looking at them may cost here."""
+
+    keep: int = Field(default=100, ge=0)  # of each record in each store; when there are a tenth more, the oldest go
+    grace: Seconds = 3600.0  # what no version needs is removed this long after it was last written or replaced
+    cache: Size = 1 << 30  # bytes of earlier versions that stay on this disk once they were read
+
+
 class Settings(Part):
     """Everything one mount, or one command without a mount, needs to know."""
 
@@ -171,6 +179,7 @@ class Settings(Part):
     cache: CacheSettings = CacheSettings()
     push: PushSettings = PushSettings()
     proof: ProofSettings = ProofSettings()
+    versions: VersionsSettings = VersionsSettings()
     state_dir: Path
     cache_dir: Path
     runtime_dir: Path
@@ -178,6 +187,7 @@ class Settings(Part):
     read_only: bool = False
     allow_other: bool = False
     xattr: bool = False
+    passthrough: Literal["auto", "off"] = "auto"  # let the kernel read and write files that are here by itself
     fuse_options: tuple[str, ...] = ()  # options of mount(8) and FUSE that are handed on as they are
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 

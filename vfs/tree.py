@@ -8,7 +8,7 @@ import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NewType
+from typing import NewType, Protocol
 from urllib.parse import unquote_to_bytes
 
 from blake3 import blake3
@@ -52,6 +52,15 @@ class View(Node):
     place: tuple[str, ...] = ()
 
 
+class Opened(Protocol):
+    """What the tree knows of an open handle."""
+
+    passed: bool  # the kernel uses the file behind it by itself
+
+    @property
+    def writable(self) -> bool: ...
+
+
 @dataclass(slots=True, eq=False, kw_only=True)
 class FileNode(Node):
     """A file or directory of a unit. `key` is (device, inode) where it was last seen, at the unit's `epoch`; `others`
@@ -61,7 +70,7 @@ class FileNode(Node):
     key: tuple[int, int] = (0, 0)
     epoch: int = -1
     others: frozenset[tuple[Node, bytes]] = frozenset()  # values, not containers: a listing makes many nodes
-    handles: tuple[object, ...] = ()
+    handles: tuple[Opened, ...] = ()
     stamp: tuple[int, int, int] | None = None
     unsynced: bool = False
 
@@ -230,7 +239,8 @@ class Tree:
         key, unit = (status.st_dev, status.st_ino), parent.unit
         node = parent.children.get(name)
         if isinstance(node, FileNode):
-            if node.key == key or node.epoch != unit.epoch:
+            moved = node.epoch != unit.epoch and not any(handle.passed for handle in node.handles)
+            if node.key == key or moved:
                 self._seen(node, key, status)
                 return node
             self.detach(parent, name)  # replaced by another program: another file
@@ -240,6 +250,9 @@ class Tree:
                 self.attach(linked, parent, name)
                 return linked
         node = self.file_node(parent, name, unit)
+        if status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode):
+            # By the file, not the name: the kernel may forget the first name before it asks for the second.
+            node.ino = self.number(unit.uuid.encode(), b"", b"%d %d" % key)
         self._seen(node, key, status)
         self.add(node)
         return node
@@ -274,21 +287,25 @@ class Tree:
         if (parent, name) == (new_parent, new_name):
             return
         self.detach(new_parent, new_name)
-        node = self.detach(parent, name)
-        if isinstance(node, FileNode):
-            if isinstance(new_parent, FileNode) and new_parent.unit is not node.unit:
-                self._change_unit(node, new_parent.unit)
-            self.attach(node, new_parent, new_name)
+        self._put(self.detach(parent, name), new_parent, new_name)
 
     def swap(self, parent: Node, name: bytes, new_parent: Node, new_name: bytes) -> None:
         """A rename with RENAME_EXCHANGE."""
         one, other = self.detach(parent, name), self.detach(new_parent, new_name)
-        if isinstance(one, FileNode):
-            self.attach(one, new_parent, new_name)
-        if isinstance(other, FileNode):
-            self.attach(other, parent, name)
+        self._put(one, new_parent, new_name)
+        self._put(other, parent, name)
+
+    def _put(self, node: Node | None, parent: Node, name: bytes) -> None:
+        if isinstance(node, FileNode):
+            if isinstance(parent, FileNode) and parent.unit is not node.unit:
+                self._change_unit(node, parent.unit)
+            self.attach(node, parent, name)
 
     def _change_unit(self, node: FileNode, unit: Unit) -> None:
+        writers = sum(handle.writable for handle in node.handles)
+        for each, sign in ((node.unit, -1), (unit, 1)):
+            each.handles += sign * len(node.handles)
+            each.writers += sign * writers
         node.unit, node.epoch = unit, unit.epoch
         for child in node.children.values():
             if isinstance(child, FileNode):

@@ -15,6 +15,15 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.core.doing", "vfs.session", "vfs.stores.file", "vfs.stores.memory"])
 
 
+class _Nobody:
+    """Progress that nobody follows."""
+
+    cancelled = False
+
+    def __call__(self, event: dict[str, object], /) -> None:
+        return None
+
+
 def _work(settings: str, commands: list[tuple[str, str]], fault: str, said: str) -> None:
     import importlib
 
@@ -40,6 +49,17 @@ def _work(settings: str, commands: list[tuple[str, str]], fault: str, said: str)
                     case "push":
                         pushed = session.pusher.push(unit)
                         assert not pushed.failed, pushed.failed
+                    case "begin":
+                        session.transactions.begin(unit, "notes")
+                    case "commit":
+                        session.transactions.commit(unit)
+                    case "rollback":
+                        session.transactions.rollback(unit)
+                    case "prune" | "versions restore":
+                        args = {"uuids": [uuid], "keep": 0, "uuid": uuid, "number": 1}
+                        name = "versions prune" if command == "prune" else command
+                        done = session.run(name, args, _Nobody())
+                        assert not done["failed"], done
                 outcome.append("")
             except (RunfsError, OSError) as error:
                 outcome.append(str(error) or repr(error))

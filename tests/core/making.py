@@ -24,6 +24,7 @@ from vfs.settings import CacheSettings, ProofSettings, Settings, StoreSettings
 from vfs.stores import Store, register
 from vfs.stores.base import BaseBroker
 from vfs.stores.memory import MemoryStore, Objects
+from vfs.stores.observed import ObservedStore
 from vfs.units import Unit
 
 UUID = "recordAAAA01"
@@ -240,6 +241,7 @@ register("hooked", HookedBroker())
 
 
 def hooked(session: Session, name: str = "lab") -> Hooked:
-    store = session.core.home(name).store()
-    assert isinstance(store, Hooked)
-    return store
+    observed = session.core.home(name).store()
+    assert isinstance(observed, ObservedStore)
+    assert isinstance(observed.store, Hooked)
+    return observed.store

@@ -30,8 +30,10 @@ from tests.core.making import (
 from vfs.core import data_key, manifest_key, plain_key
 from vfs.errors import Conflict, Unreachable
 from vfs.manifest import CHUNK, parse
-from vfs.push import SMALL, Outcome
+from vfs.push import Outcome
 from vfs.session import Session
+from vfs.uploads import SMALL
+from vfs.versions.kept import version_key
 
 LARGE = SMALL + CHUNK + 3
 
@@ -116,7 +118,7 @@ def test_later_content_goes_beside_and_nothing_is_overwritten(session: Session, 
     outcome = push(session)
     assert (outcome.pushed[0].files, outcome.pushed[0].size) == (2, 10)
     added = store.names() - set(before) - {manifest_key(UUID)}
-    assert added == {data_key(UUID, blake3(b"later").digest()), plain_key(UUID, b"new")}
+    assert added == {data_key(UUID, blake3(b"later").digest()), plain_key(UUID, b"new"), version_key(UUID, 1)}
     assert {key: store.raw(key) for key in before} == before
     assert published(store) == contents(place.directory())
 

@@ -517,7 +517,7 @@ def test_names_come_back_byte_for_byte(
     if kind == "file":
         with_manifest = open_store(url)
         assert len(list(with_manifest.list(f"{one}/"))) >= len(NAMES)
-        with_manifest.close()
+        with_manifest.disconnect()
 
 
 @pytest.mark.parametrize("length", [3600, 4000, 5000])

@@ -166,7 +166,7 @@ def test_records_that_another_tool_uploaded(project: Project, bucket: Bucket, tm
         store.write("strangeuuid/data.bin", b"no header")
         store.write("wrongheader/id.json", json.dumps({"uuid": "another"}).encode())
     finally:
-        store.close()
+        store.disconnect()
         for name in bucket.environment:
             del os.environ[name]
     shutil.rmtree(project.path)

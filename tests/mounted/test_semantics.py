@@ -133,6 +133,17 @@ class TestNames:
         record.check()
         assert os.stat(record.path / "big.bin").st_ino == os.stat(record.path / "sub" / "again").st_ino
 
+    def test_hard_links_are_one_file_also_when_the_kernel_forgets_between_two_looks(self, record: Record) -> None:
+        """tar and rsync look at one name, later at the other, and compare inode numbers."""
+        drop = Path("/proc/sys/vm/drop_caches")
+        if not os.access(drop, os.W_OK):
+            pytest.skip("only root can make the kernel forget")
+        numbers = set()
+        for name in ("chunk.bin", "sub/second name.bin", "chunk.bin"):
+            drop.write_text("2\n")
+            numbers.add(os.stat(record.path / name).st_ino)
+        assert len(numbers) == 1
+
     def test_no_link_between_records(self, shared: Shared, record: Record) -> None:
         other = shared.take("resident")
         with pytest.raises(OSError, match="cross-device") as caught:
