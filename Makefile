@@ -6,9 +6,9 @@ VENV ?= .venv
 S3 ?=
 # Test files run at a time: most of a test's time is waiting for disks and deadlines.
 WORKERS ?= 4
-# `make bench SIZE=256MiB ROUNDS=1` is quick.
-SIZE ?= 1GiB
-ROUNDS ?= 3
+# `make bench QUICK=1` takes under three minutes; B holds more options of it.
+QUICK ?=
+B ?=
 
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 # One section of requirements.lock, installed exactly: every hash must match, and nothing that is not in the file comes along.
@@ -16,16 +16,19 @@ install-section = sed -n '/^\# section: $(1)$$/,/^\# section: /p' requirements.l
 	&& $(PIP) install --quiet --no-deps --require-hashes -r $(VENV)/requirements-$(1).txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install test check demo bench lock clean system
+.PHONY: help install test test-large check demo bench lock clean system
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
 
 install: $(VENV)/.runtime  ## system packages that are missing, .venv, and the runfs command in it
 	@echo "Installed. Next: $(VENV)/bin/runfs mount MOUNTPOINT --project DIR --store URL   (or see it work: make demo)"
 
 test: $(VENV)/.test  ## all tests, several files at a time (T='-k words' or T=tests/test_x.py picks some)
 	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(T)
+
+test-large: $(VENV)/.test  ## objects of 5 GiB and listings of a million names, against real servers (minutes, 25 GB)
+	RUNFS_TEST_LARGE=1 $(VENV)/bin/python -m pytest tests/stores/test_large.py tests/stores/test_remote.py -k "large or very_many" --durations=8
 
 check: $(VENV)/.test  ## lint, format, types, and that imports point from daemon to vfs only
 	$(VENV)/bin/ruff check .
@@ -36,8 +39,8 @@ check: $(VENV)/.test  ## lint, format, types, and that imports point from daemon
 demo: $(VENV)/.demo  ## the main job on a small real project, step by step (S3=1: against a real S3 server)
 	$(VENV)/bin/python -m daemon.demo $(if $(filter-out 0,$(S3)),--s3)
 
-bench: $(VENV)/.test  ## cold read, warm read, write and push of 1 GiB against opendal and cp (SIZE=, ROUNDS=)
-	$(VENV)/bin/python -m tests.bench.main_job --size $(SIZE) --rounds $(ROUNDS)
+bench: $(VENV)/.bench  ## runfs beside the native file system, bare S3, rclone, JuiceFS and s3fs (QUICK=1: 3 minutes; B='--only cold')
+	$(VENV)/bin/python -m tests.bench $(if $(filter-out 0,$(QUICK)),--quick) $(B)
 
 lock: $(VENV)/.runtime  ## write requirements.lock anew from pyproject.toml (UPGRADE=1: with the newest versions)
 	$(PYTHON) -m venv $(VENV)/lock && $(VENV)/lock/bin/python -m pip install --quiet uv
@@ -67,4 +70,10 @@ $(VENV)/.test: $(VENV)/.demo
 	@echo "Installing what the tests need into $(VENV)"
 	@$(call install-section,test)
 	@$(PIP) check
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.test
+	@.ci/system-packages $(PYTHON) bench
+	@echo "Installing what the benchmarks need into $(VENV)"
+	@$(call install-section,bench)
 	@touch $@
