@@ -37,7 +37,7 @@ app.command()(cli_mount.umount)
 Where = Annotated[
     str | None,
     typer.Option(
-        "--where", metavar="EXPR", help="Records that fulfil e.g. 'kind=Execution and age>30d, config.lr>=0.1'."
+        "--where", metavar="EXPR", help="Records that fulfil e.g. 'status=finished and age>30d, config.lr>=0.1'."
     ),
 ]
 
@@ -406,7 +406,8 @@ def _unexpected(error: Exception, as_json: bool) -> int:
     if wrong_usage is not None:
         context = getattr(error, "ctx", None)
         hint = f" (see {context.command_path} --help)" if context is not None else ""
-        return _failed(UsageError(f"{wrong_usage().rstrip('.')}{hint}"), as_json)
+        said = wrong_usage().rstrip(".") or "which command?"  # nothing: a group alone, whose help was printed
+        return _failed(UsageError(f"{said}{hint}"), as_json)
     if os.environ.get("RUNFS_DEBUG"):
         raise error
     if isinstance(error, OSError) and error.errno == errno.ENOTCONN:

@@ -94,6 +94,8 @@ def storage_module(
     if file.exists() and file.read_text(encoding="utf-8", errors="replace") != source:
         raise Refused(f"{file} is there already and is something else; remove it first, or name another file")
     if not dry_run:
+        if not file.absolute().parent.is_dir():
+            raise Refused(f"{file}: there is no directory {file.parent}; make it, or write the file somewhere else")
         file.write_text(source, encoding="utf-8")
     print(f"{file}: {'would be ' if dry_run else ''}written; connect it with get({file.stem!r}, {{'store': URL}})")
 

@@ -6,6 +6,7 @@ what they open they open themselves, so they can be used before the first mount.
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -112,7 +113,6 @@ def _named(
     """Name, URL and options of each store that is meant. Raises ConfigError, UsageError."""
     from daemon.config import load, without_index
     from daemon.storeurls import named_stores
-    from vfs.settings import StoreSettings
 
     flags = {key: value for key, value in (("project", project), ("index", index)) if value}
     loaded = load(flags, config=config, remembered=True)
@@ -120,7 +120,8 @@ def _named(
     stores = list(settings.stores)
     if which:
         tables = named_stores(which, [store.model_dump() for store in stores])
-        stores = [StoreSettings.model_validate(table) for table in tables]
+        meant = replace(loaded, values={**loaded.values, "stores": tables}, origins={})
+        stores = list(without_index(meant).settings().stores)
     if not stores:
         raise UsageError("no store is configured: name one by its URL, or in the configuration (runfs config path)")
     return [(store.name, store.url, _options(settings, store, "index" in loaded.values)) for store in stores]

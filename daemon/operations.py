@@ -199,6 +199,7 @@ class Operations(pyfuse3.Operations):
             return self._passthrough.probe()
         handle = await self._transfers.retry(lambda: self._files.open(inode, flags, ctx.uid))
         handle.pid = ctx.pid
+        self._transfers.opened(handle)
         return self._answer(handle, keep_cache=handle.keep_cache)
 
     def _answer(self, handle: Handle, *, keep_cache: bool) -> pyfuse3.FileInfo:

@@ -159,11 +159,12 @@ def verify(result: Result, args: Mapping[str, Any]) -> Lines:
 def reindex(result: Result, args: Mapping[str, Any]) -> Lines:
     text = f"{count(result.get('ingested', 0), 'record')} indexed"
     if result.get("restored_rows"):
-        text += f", {count(result['restored_rows'], 'row')} put back"
+        text += f", {count(result['restored_rows'], 'record')} put back into the index"
     damaged = [f"{plain(each.get('path'))}: {plain(each.get('reason'))}" for each in result.get("damaged", [])]
     return [
         text + (f"; {count(len(damaged), 'directory is', 'directories are')} damaged:" if damaged else ""),
         *damaged,
+        *(f"{plain(name)}: no record is there" for name in result.get("empty", [])),
     ]
 
 

@@ -56,6 +56,7 @@ def check(result: Result, args: Mapping[str, Any]) -> Lines:
         out += [f"  mount    {text}" for text in _volume(store.get("volume"))]
         if store.get("info"):
             out += [f"  tried    {_checked(tried)}{_skewed(tried)}"]
+        if store.get("info") and tried.get("reachable"):  # some find out only then
             out += [
                 f"  {word:<8} {text}" for word, text in zip_longest(["does"], in_words(store["info"]), fillvalue="")
             ]

@@ -50,4 +50,4 @@ def _free(name: str, taken: Sequence[str]) -> str:
 def _unknown(text: str, names: list[str]) -> str:
     near = get_close_matches(text, names, n=1)
     hint = f"did you mean {near[0]!r}?" if near else "write a URL such as s3://bucket/prefix or file:///dir"
-    return f"--store: {text!r} is neither a URL nor a store in the configuration; {hint}"
+    return f"{text!r} is neither a URL nor a store in the configuration; {hint}"

@@ -41,13 +41,18 @@ class Transfers:
         """Who waits for which file, for `status`."""
         return [_waiting(needs, handle) for needs, handle in list(self._waiting.values())]
 
+    def opened(self, handle: Handle) -> None:
+        """A file was opened: a walk over records goes on, if its record was brought for one."""
+        if handle.node.unit.evicted:
+            self._hydrator.ahead.opened(handle.node.unit)
+
     async def have(self, handle: Handle, offset: int, size: int) -> None:
         """Return when these bytes of an open file are here; start what a sequential reader will want next."""
         while True:
             try:
                 self._files.have(handle, offset, size)
             except Needs as needs:
-                self._hydrator.bring_small(handle.node.unit)
+                self._hydrator.ahead.touched(handle.node.unit)
                 await self._bring(needs, self._core.settings.deadline_s * _READ_DEADLINES, handle)
                 continue
             break

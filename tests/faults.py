@@ -31,7 +31,7 @@ _PASSIVE = re.compile(rb"\(127,0,0,1,(\d+),(\d+)\)")
 
 class FaultProxy:
     """Forwards 127.0.0.1:`port` to 127.0.0.1:`to_port`. `accepted` counts connections since the start, `taken` the
-    bytes that clients sent."""
+    bytes that clients sent, `given` those that the server answered."""
 
     def __init__(self, to_port: int) -> None:
         self.to_port = to_port
@@ -41,6 +41,7 @@ class FaultProxy:
         self.delay_s = 0.2
         self.accepted = 0
         self.taken = 0
+        self.given = 0
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.port: int = self._listener.getsockname()[1]
         self.endpoint = f"http://127.0.0.1:{self.port}"
@@ -71,6 +72,11 @@ class FaultProxy:
         elif before == "refuse":
             self._listener = socket.create_server(("127.0.0.1", self.port), backlog=128)
             self._start(self._accept)
+
+    @property
+    def moved(self) -> int:
+        """Bytes that went through, both ways together."""
+        return self.taken + self.given
 
     def open_connections(self) -> int:
         """Connections from clients and to the server that are open now."""
@@ -120,6 +126,7 @@ class FaultProxy:
                     if self.mode != "silent":
                         target.sendall(data)
                     continue
+                self.given += len(data)
                 sent = self._answer(target, data, sent)
         self._close(source)
         self._close(target)
@@ -183,6 +190,10 @@ class FtpFaultProxy(FaultProxy):
         super().__exit__(kind, value, trace)
         for each in self._data:
             each.__exit__(None, None, None)
+
+    @property
+    def moved(self) -> int:
+        return super().moved + sum(each.moved for each in self._data)
 
     def set(self, mode: str) -> None:
         super().set(mode)

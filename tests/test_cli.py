@@ -157,6 +157,21 @@ class TestUsage:
         assert ran.err.count("\n") == 1
         assert runfs(*arguments, "--json").json["error"]["exit"] == 2
 
+    @pytest.mark.parametrize("group", [(), ("config",), ("versions",), ("transaction",)])
+    def test_a_group_alone_asks_which_command(self, runfs: Shell, group: tuple[str, ...]) -> None:
+        ran = runfs(*group)
+        assert ran.code == 2
+        assert ran.err.startswith("runfs: which command? (see ")
+
+    @pytest.mark.parametrize("url", ["s3://b?secret_access_key=hush", "http://user:hush@host/"])
+    def test_a_secret_in_the_url_of_a_store_is_never_repeated(self, runfs: Shell, place: Path, url: str) -> None:
+        for verb in ("check", "sweep"):
+            ran = runfs("stores", verb, url)
+            assert ran.code == 2
+            assert "the environment or [stores.NAME.options]" in ran.err
+            assert "hush" not in ran.out + ran.err
+        assert not list(place.rglob("trace-*"))
+
     def test_help_names_every_command(self, runfs: Shell) -> None:
         text = runfs("--help").out
         commands = (

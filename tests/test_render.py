@@ -120,7 +120,10 @@ class TestRendering:
             (
                 "reindex",
                 {"ingested": 3, "restored_rows": 1, "damaged": [{"path": "/d", "reason": "no id.json"}]},
-                ["3 records indexed, 1 row put back; 1 directory is damaged:", "/d: no id.json"],
+                [
+                    "3 records indexed, 1 record put back into the index; 1 directory is damaged:",
+                    "/d: no id.json",
+                ],
             ),
             ("import", {"imported": ["a"], "failed": []}, ["1 record imported"]),
             ("receipts", {"receipts": []}, ["no receipts"]),

@@ -17,6 +17,7 @@ from vfs.core import Core
 from vfs.errors import DamagedRecord, RunfsError
 from vfs.format import Status, read_header, run_status
 from vfs.fstypes import Attributes, Caller, Handle
+from vfs.index import Record
 from vfs.tree import FileNode, Link, Node, Tree, View
 from vfs.units import Unit
 from vfs.versions.past import VERSIONS, Past, PastDirectory, PastFile
@@ -28,6 +29,9 @@ log = logging.getLogger(__name__)
 # told by the writer, so of resident files nothing is kept.
 EVICTED = 300.0
 RESIDENT = 0.0
+# But for names at the root and a resident record's own directory: `ls -l` of the root would ask three times for each of
+# 100,000 records. What the index or another program changed there may be seen for this long.
+AT_ROOT = 1.0
 
 HEADERS = (b"id.json", b".machinable")  # what a record is: written at most as it is already
 
@@ -52,9 +56,10 @@ class Access:
         self.tree.nodes[attributes.ino].lookups += 1
         return attributes
 
-    def _find(self, parent: Node, name: bytes) -> Attributes:
+    def _find(self, parent: Node, name: bytes, listed: Record | None = None) -> Attributes:
+        """`listed`: what the index has just said of a name at the root."""
         if parent is self.tree.root:
-            node = self.past.top() if name == VERSIONS else self.tree.at_root(name)
+            node = self.past.top() if name == VERSIONS else self.tree.at_root(name, listed)
             return self.attributes_of(node)
         if isinstance(parent, PastDirectory | PastFile):
             return self.past.attributes(self.past.find(parent, name))
@@ -80,9 +85,9 @@ class Access:
 
     def _made_up(self, node: Node, mode: int, size: int, mtime_ns: int) -> Attributes:
         uid, gid = self._owner
-        return Attributes(
-            node.ino, mode, 2 if stat.S_ISDIR(mode) else 1, uid, gid, size, 0, 0, mtime_ns, mtime_ns, mtime_ns, 0.0, 1.0
-        )
+        links = 2 if stat.S_ISDIR(mode) else 1
+        entry = AT_ROOT if node.parent is self.tree.root else 0.0
+        return Attributes(node.ino, mode, links, uid, gid, size, 0, 0, mtime_ns, mtime_ns, mtime_ns, entry, AT_ROOT)
 
     def _stat(self, node: FileNode) -> os.stat_result:
         for handle in node.handles:
@@ -91,21 +96,24 @@ class Access:
         if isinstance(node.parent, FileNode):
             with self._directory(node.parent) as fd:
                 return os.stat(node.name, dir_fd=fd, follow_symlinks=False)
-        fd = self._open_base(node.unit)
-        try:
-            return os.fstat(fd)
-        finally:
-            os.close(fd)
+        with self._told():
+            return node.unit.status()
 
     def _open_base(self, unit: Unit) -> int:
-        try:
+        with self._told():
             return unit.open_base()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """The log says which record is damaged; who asked gets only an errno."""
+        try:
+            yield
         except DamagedRecord as error:
             log.warning("%s", error)
             raise
 
     def _describe(self, node: FileNode, status: os.stat_result) -> Attributes:
-        timeout = EVICTED if node.unit.evicted else RESIDENT
+        timeout = EVICTED if node.unit.evicted else AT_ROOT if node.parent is self.tree.root else RESIDENT
         return Attributes(
             node.ino,
             status.st_mode,

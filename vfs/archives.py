@@ -19,7 +19,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import IO, Any
 
-from vfs.errors import DamagedRecord, Denied, Full, NotFound, StoreError, StoreTimeout, Unreachable
+from vfs.errors import DamagedRecord, Denied, Full, NotFound, StoreError, StoreTimeout, Unreachable, in_words
 
 ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 _PIECE = 1 << 18
@@ -77,7 +77,8 @@ def bring(url: str, shown: str, target: Path, limits: Limits, told: Callable[[in
     except urllib.error.URLError as error:
         if isinstance(error.reason, TimeoutError):
             raise StoreTimeout(f"{shown}: no answer within {limits.deadline_s:.0f} s; try again") from error
-        raise Unreachable(f"{shown}: {error.reason}") from error
+        why = in_words(error.reason) if isinstance(error.reason, OSError) else error.reason
+        raise Unreachable(f"{shown}: no connection ({why}); is the address right, and the network up?") from error
     except (HTTPException, ConnectionError) as error:
         raise Unreachable(f"{shown}: the connection broke off ({error}); try again") from error
 

@@ -375,7 +375,8 @@ class Partial:
     def save(self) -> None:
         """Make durable what is here: data first, then the attribute. A complete file becomes an ordinary one.
 
-        The lock is not held while the disk works. What comes meanwhile is left for the next save.
+        The lock is not held while the disk works. What comes meanwhile is left for the next save. The attribute itself
+        is not waited for: lost in a power cut, it only means that the bytes are brought again.
         """
         with self._saving:
             while self.unsaved:
@@ -388,7 +389,6 @@ class Partial:
                         continue  # it was cut meanwhile: the attribute says more than these runs
                     self._mark(runs)
                 faults.point("cache.save.marked")
-                os.fsync(self.fd)
                 self._saved_sequence = sequence
                 return
 

@@ -83,6 +83,12 @@ Callback = Callable[[Event], object]
 _ids = itertools.count(1)  # of the whole process: hubs may be mixed
 
 
+@dataclass(eq=False, frozen=True, slots=True)
+class _Hold:
+    picks: Callable[[ObjectSet | ObjectDeleted], bool]
+    events: list[Event] = field(default_factory=list)
+
+
 @dataclass(eq=False, slots=True)
 class _Subscriber:
     callback: Callback
@@ -102,6 +108,7 @@ class Events:
 
     def __init__(self) -> None:
         self._subscribers: tuple[_Subscriber, ...] = ()  # replaced, never changed: publishing takes no lock
+        self._holds: tuple[_Hold, ...] = ()  # likewise
         self._lock = threading.Lock()
 
     def subscribe(self, callback: Callback, *kinds: type) -> Callable[[], None]:
@@ -122,9 +129,27 @@ class Events:
 
     def publish(self, event: Event) -> None:
         """Tell everybody who subscribed to its class, in the order of subscription. Never raises an Exception."""
+        if isinstance(event, ObjectSet | ObjectDeleted):
+            for hold in self._holds:
+                if hold.picks(event):
+                    hold.events.append(event)
+                    return
         for subscriber in self._subscribers:
             if isinstance(event, subscriber.kinds):
                 subscriber.take(event)
+
+    @contextmanager
+    def holding(self, picks: Callable[[ObjectSet | ObjectDeleted], bool]) -> Iterator[list[Event]]:
+        """Set and delete events that `picks` says yes to go into the list given, and to nobody else while the block
+        runs; whoever holds them publishes them later. For transactions that outlive a block."""
+        hold = _Hold(picks)
+        with self._lock:
+            self._holds = (*self._holds, hold)
+        try:
+            yield hold.events
+        finally:
+            with self._lock:
+                self._holds = tuple(each for each in self._holds if each is not hold)
 
     @contextmanager
     def progress(self, what: str, name: str, size: int, **about: str) -> Iterator[Callable[[int], None]]:

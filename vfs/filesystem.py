@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from vfs.errors import RunfsError
 from vfs.fstypes import Attributes, Caller, Change, Handle, Listing, Needs
+from vfs.index import Record
 from vfs.names import Names
 from vfs.openfiles import OpenFiles
 from vfs.tree import FileNode, Inode, Node, View
@@ -29,9 +30,9 @@ class FileSystem(Names, OpenFiles):
 
     def readdir(self, listing: Listing, start: int) -> Iterator[tuple[bytes, Attributes, int]]:
         """Entries from position `start` on, each with the position after it. Counts no lookup: see `seen`."""
-        for name, position in self._names(listing, start):
+        for name, position, listed in self._names(listing, start):
             try:
-                attributes = self._find(listing.node, name)
+                attributes = self._find(listing.node, name, listed)
             except (OSError, RunfsError):
                 continue  # vanished, or damaged: doctor tells; it must not hide the others
             yield name, attributes, position
@@ -46,14 +47,14 @@ class FileSystem(Names, OpenFiles):
         if node is not None and node.lookups == 0:
             self.tree.forget(ino, 0)
 
-    def _names(self, listing: Listing, start: int) -> Iterator[tuple[bytes, int]]:
+    def _names(self, listing: Listing, start: int) -> Iterator[tuple[bytes, int, Record | None]]:
         if listing.node is self.tree.root:
             yield from self._root_names(listing, start)
             return
         if listing.names is None or start == 0:
             listing.names = self._list(listing.node)
         for position in range(start, len(listing.names)):
-            yield listing.names[position], position + 1
+            yield listing.names[position], position + 1, None
 
     def _list(self, node: Node) -> list[bytes]:
         if isinstance(node, View):
@@ -65,21 +66,21 @@ class FileSystem(Names, OpenFiles):
         with self._directory(node) as fd:
             return [os.fsencode(name) for name in os.listdir(f"/proc/self/fd/{fd}")]
 
-    def _root_names(self, listing: Listing, start: int) -> Iterator[tuple[bytes, int]]:
+    def _root_names(self, listing: Listing, start: int) -> Iterator[tuple[bytes, int, Record | None]]:
         """Incoming names, then pages of the index; only where each page began is kept, so that listing a million
         records costs no memory."""
         if listing.names is None or start == 0:
             known = self._core.index
             listing.names = [name for name in self.tree.incoming if known.get(os.fsdecode(name)) is None]
         for position in range(start, len(listing.names)):
-            yield listing.names[position], position + 1
+            yield listing.names[position], position + 1, None
         incoming = len(listing.names)
         position = max(start - incoming, 0)
         while self._turn(listing, position // _PAGE):
             rest = listing.page[position % _PAGE :]
-            for name in rest:
+            for record in rest:
                 position += 1
-                yield name, position + incoming
+                yield record.uuid.encode(), position + incoming, record
             if len(listing.page) < _PAGE:
                 return
 
@@ -88,9 +89,8 @@ class FileSystem(Names, OpenFiles):
         if number >= len(listing.pages):
             return False
         if number != listing.page_number:
-            records = self.tree.list_root(listing.pages[number], _PAGE)
+            listing.page = records = self.tree.list_root(listing.pages[number], _PAGE)
             listing.page_number = number
-            listing.page = [record.uuid.encode() for record in records]
             if len(records) == _PAGE and number + 1 == len(listing.pages):
                 listing.pages.append(records[-1].uuid)
         return True

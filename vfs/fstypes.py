@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass, field
 
 from vfs.cache import Partial
+from vfs.index import Record
 from vfs.tree import FileNode, Inode, Node
 
 
@@ -101,4 +102,4 @@ class Listing:
     names: list[bytes] | None = None
     pages: list[str] = field(default_factory=lambda: [""])
     page_number: int = -1
-    page: list[bytes] = field(default_factory=list)
+    page: list[Record] = field(default_factory=list)

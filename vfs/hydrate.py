@@ -8,7 +8,6 @@ at the latest at its store's deadline. Memory: at most one flight's bytes a thre
 import logging
 import os
 import threading
-import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -16,6 +15,7 @@ from contextlib import suppress
 from blake3 import blake3
 
 from vfs import faults, uploads
+from vfs.ahead import Ahead
 from vfs.cache import FLIGHT, Partial
 from vfs.core import Core, Home, plain_key
 from vfs.errors import NoReplica, RunfsError, StoreTimeout, WrongBytes
@@ -31,8 +31,6 @@ _BACKGROUND = 4
 _MAKERS = 8  # mostly they wait for one and the same calculation
 _SMALL = 1 << 20  # bytes; files up to this size come together when their record is first touched,
 _SMALL_TOTAL = 64 << 20  # up to this much of them
-_TOUCH_AGAIN_S = 600.0
-_TOUCHES_KEPT = 10_000
 
 
 class _Calculate(Exception):
@@ -51,8 +49,7 @@ class Hydrator:
         self._readers = ThreadPoolExecutor(_READERS, "hydrate")
         self._background = ThreadPoolExecutor(_BACKGROUND, "hydrate-behind")
         self._makers = ThreadPoolExecutor(_MAKERS, "calculate")  # what takes minutes must not hold up the readers
-        self._touched: dict[str, float] = {}
-        self._touch_lock = threading.Lock()
+        self.ahead = Ahead(core, self.bring_small, self._background.submit)
         self._own = threading.local()
 
     def close(self) -> None:
@@ -146,8 +143,18 @@ class Hydrator:
         if makers and not calculating:
             raise _Calculate(said)
         raise NoReplica(
-            f"{os.fsdecode(path)} of {uuid} cannot be read: "
-            + ("; ".join(said) or "no configured store holds it; `runfs status` shows the stores")
+            f"{os.fsdecode(path)} of {uuid} cannot be read: " + ("; ".join(said) or self._elsewhere(partial.digest))
+        )
+
+    def _elsewhere(self, digest: bytes) -> str:
+        """Why no store could be asked for a content, and what to do."""
+        known = {home.name for home in self._core.stores}
+        away = sorted({replica.store for replica in self._core.journal.replicas(digest)} - known)
+        if not away:
+            return "no configured store holds it; `runfs stores` shows them"
+        return (
+            f"no configured store holds it, but {' and '.join(away)} had it: "
+            f"mount again with --store {away[0]}=URL, or add [stores.{away[0]}] to the configuration"
         )
 
     def _buffer(self, length: int) -> memoryview:
@@ -213,20 +220,10 @@ class Hydrator:
                 raise errors[0]
 
     def bring_small(self, unit: Unit) -> None:
-        """The first touch of an evicted unit: have its small files brought, all at once. Returns at once.
+        """Have an evicted unit's small files brought, all at once.
 
-        Who reads one of a record's small files mostly reads the others next. Bounded in size, and not repeated soon.
+        Who reads one of a record's small files mostly reads the others next. Bounded in size.
         """
-        now = time.monotonic()
-        with self._touch_lock:
-            if now - self._touched.get(unit.uuid, -_TOUCH_AGAIN_S) < _TOUCH_AGAIN_S:
-                return
-            self._touched[unit.uuid] = now
-            while len(self._touched) > _TOUCHES_KEPT:
-                del self._touched[next(iter(self._touched))]
-        self._background.submit(self._bring_small, unit)
-
-    def _bring_small(self, unit: Unit) -> None:
         budget = _SMALL_TOTAL
         try:
             for path, item in self._core.journal.known(unit.uuid).items():

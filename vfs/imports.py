@@ -10,8 +10,9 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
-from vfs import addresses, linux, shadow, wire
+from vfs import addresses, archives, linux, shadow, wire
 from vfs.addresses import Address, Pin, Pins, digest_of_manifests, parse_address
 from vfs.claims import own_rows
 from vfs.core import Home
@@ -37,7 +38,19 @@ def _home_for(session: "Session", url: str) -> Home:
     for home in session.core.stores:
         if home.url.rstrip("/") == url.rstrip("/"):
             return home
-    return Home(StoreSettings(name="source", url=url), session.settings, session.core.journal, session.core.events)
+    return Home(_source(url), session.settings, session.core.journal, session.core.events)
+
+
+def _source(url: str) -> StoreSettings:
+    """A store that is only read from: nothing is made there. Raises UsageError, without what may be a secret."""
+    try:
+        return StoreSettings(name="source", url=url, options={"read_only": True})
+    except ValueError:
+        shown = url.partition("://")[0]
+        raise UsageError(
+            f"{shown}://...: no store's URL, or one with credentials in it; those belong into the environment, or into "
+            "the configuration with the store"
+        ) from None
 
 
 def import_(session: "Session", args: dict[str, Any], progress: "Progress") -> dict[str, Any]:
@@ -50,8 +63,15 @@ def import_(session: "Session", args: dict[str, Any], progress: "Progress") -> d
     if address is not None:
         return import_address(session, address, dry_run, progress)
     if "://" in source:
+        _refuse_archive(source)
         return import_store(session, source, dry_run, progress)
     return import_directory(session, source, dry_run, progress)
+
+
+def _refuse_archive(url: str) -> None:
+    meant = Address("url", url)
+    if meant.is_web and archives.is_archive(urlsplit(url).path):
+        raise UsageError(f"{meant.shown.removeprefix('url+')} is an archive, no store; import it as {meant.shown}")
 
 
 def import_directory(session: "Session", source: str, dry_run: bool, progress: "Progress") -> dict[str, Any]:
@@ -60,7 +80,7 @@ def import_directory(session: "Session", source: str, dry_run: bool, progress: "
     failed: list[dict[str, Any]] = []
     tops = [path for path in record_directories(source) if not _inside_record(path, source)]
     if not tops:
-        failed.append({"source": source, "reason": "no record (a directory with .machinable and id.json) is there"})
+        failed.append({"source": source, "reason": _why_none(source)})
     for path in tops:
         try:
             imported += _import_one(session, path, dry_run)
@@ -68,6 +88,14 @@ def import_directory(session: "Session", source: str, dry_run: bool, progress: "
             failed.append({"source": path, "reason": str(error)})
         progress({"what": "import", "done": len(imported), "size": len(tops)})
     return {"imported": imported, "failed": failed, "exit": int(bool(failed))}
+
+
+def _why_none(source: str) -> str:
+    if os.path.isdir(source):
+        return "no record (a directory with .machinable and id.json) is there"
+    if os.path.isfile(source) and archives.is_archive(source):
+        return f"it is an archive; import it as file+{os.path.abspath(source)}"
+    return "it is no directory" if os.path.lexists(source) else "there is no such directory"
 
 
 def _inside_record(path: str, source: str) -> bool:
@@ -154,6 +182,8 @@ def _import_from(session: "Session", home: Home, known: bool, dry_run: bool, pro
             except (RunfsError, OSError) as error:
                 failed.append({"source": uuid, "reason": str(error)})
     failed += [{"source": each["path"], "reason": each["reason"]} for each in damaged]
+    if not imported and not failed:
+        failed.append({"source": home.url.partition("?")[0], "reason": "no record is there"})
     said = {"digest": digest_of_manifests(bodies)} if bodies else {}
     return {"imported": imported, "failed": failed, **said, "exit": int(bool(failed))}
 
@@ -173,7 +203,8 @@ def _import_plain(session: "Session", home: Home, uuid: str, found: list[Stat]) 
 def _take_over(session: "Session", home: Home, known: bool, manifest: Manifest, version: str, body: bytes) -> None:
     core = session.core
     place = place_for(session, manifest)
-    if is_directory(place):  # another project of this machine has it there: we get our own
+    inside = place.startswith(os.fsencode(session.settings.project_dir) + b"/")
+    if is_directory(place) or not inside:  # another project of this machine has it there, or a link: we get our own
         place = os.fsencode(session.settings.project_dir / "storage" / manifest.uuid)
     manifest = replace(manifest, rows=tuple(own_rows(manifest.rows, manifest.uuid, place)))
     if known:
@@ -241,7 +272,8 @@ def _refuse_other_pin(address: Address, pin: Pin | None) -> None:
 
 def _directory(address: Address) -> Path:
     if not os.path.isdir(address.place):
-        raise UsageError(f"{address.shown}: there is no such directory, and it is named like no archive")
+        archive = ", and it is named like no archive" if address.kind == "file" else ""
+        raise UsageError(f"{address.shown}: there is no such directory{archive}")
     return Path(address.place)
 
 
@@ -253,7 +285,7 @@ def _pinned(session: "Session", address: Address, result: dict[str, Any], pin: P
     """The result with its pin, which is kept, with a receipt for each record, unless this was only a try."""
     pin = addresses.with_uuids(pin, result["imported"])
     if dry_run or not pin.uuids:
-        return _said(result, pin) if pin.digest else result
+        return _said(result, pin) if pin.digest and pin.uuids else result
     journal = session.core.journal
     Pins(journal).set(address, pin)
     for uuid in pin.uuids:

@@ -15,9 +15,9 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from blake3 import blake3
 from vfs import cache, faults
 from vfs.core import Core, Home
 from vfs.errors import NotFound, Refused, RunfsError
+from vfs.events import Event
 from vfs.hydrate import Hydrator
 from vfs.journal import Home as HomeRow
 from vfs.journal import Known, Replica
@@ -75,6 +76,7 @@ class Pusher:
         self._core = core
         self._hydrator = hydrator
         self._pool = ThreadPoolExecutor(_SMALL_AT_ONCE, "push")
+        self._untold: dict[str, list[Event]] = {}  # what commits have set and deleted, until they have ended
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -112,22 +114,39 @@ class Pusher:
             outcome.unsettled = found.unsettled
             rows = self.rows(unit)
             interim = held is None and bool(found.unsettled or unit.writers or live_record(self._core, unit))
-            for home in self._core.homes if homes is None else homes:
-                try:
-                    said = held.notes if held and self._is_due(held, home) else notes
-                    publishing = _Publishing(rows, said, interim)
-                    outcome.pushed.append(self._push_to(unit, home, found, publishing))
-                except Changing as error:
-                    outcome.unsettled += (b"",)
-                    log.info("%s: %s", unit.uuid, error)
-                except RunfsError as error:
-                    outcome.failed.append((home.name, error))
-            if held is not None and homes is None and len(outcome.pushed) == len(self._core.homes):
-                end_commit(self._core, held)
+            with self._telling_after(held):
+                for home in self._core.homes if homes is None else homes:
+                    try:
+                        said = held.notes if held and self._is_due(held, home) else notes
+                        publishing = _Publishing(rows, said, interim)
+                        outcome.pushed.append(self._push_to(unit, home, found, publishing))
+                    except Changing as error:
+                        outcome.unsettled += (b"",)
+                        log.info("%s: %s", unit.uuid, error)
+                    except RunfsError as error:
+                        outcome.failed.append((home.name, error))
+                if held is not None and homes is None and len(outcome.pushed) == len(self._core.homes):
+                    end_commit(self._core, held)
             done = homes is None and self._core.homes and not outcome.failed and not outcome.unsettled
             if done:
                 self._core.commit(lambda: setattr(outcome, "clean", self._core.units.mark_clean(unit, sequence)))
             return outcome
+
+    @contextmanager
+    def _telling_after(self, held: Transaction | None) -> Iterator[None]:
+        """What a commit sets and deletes is told after its end, however many pushes it takes."""
+        if held is None:
+            yield
+            return
+        own = (f"{held.uuid}/", f".runfs/{held.uuid}/")
+        with self._core.events.holding(lambda event: event.key.startswith(own)) as told:
+            try:
+                yield
+            finally:
+                self._untold.setdefault(held.uuid, []).extend(told)
+        if held.uuid not in self._core.transactions:
+            for event in self._untold.pop(held.uuid):
+                self._core.events.publish(event)
 
     def rows(self, unit: Unit) -> tuple[Mapping[str, Any], ...]:
         """The index rows of a unit: what goes into its manifest.

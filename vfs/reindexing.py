@@ -66,15 +66,21 @@ def reindex(session: "Session", args: dict[str, Any], progress: "Progress") -> d
     directories = [path for path in directories if os.path.isdir(path)]
     if args.get("dry_run"):
         found = {path for directory in directories for path in record_directories(directory)}
-        count = len(found) + sum(_count_records(home, damaged) for home in stores.values())
-        return {"ingested": count, "restored_rows": 0, "damaged": damaged, "exit": int(bool(damaged))}
+        counts = {home.name: _count_records(home, damaged) for home in stores.values()}
+        empty = [name for name, records in counts.items() if not records]
+        count = len(found) + sum(counts.values())
+        return {"ingested": count, "restored_rows": 0, "empty": empty, "damaged": damaged, "exit": int(bool(damaged))}
     done = core.index.reindex(directories)
     ingested = len(done.ingested) + _take_links_up(session, directories, damaged)
     damaged += [{"path": path, "reason": reason} for path, reason in done.damaged]
     restored = len(put_rows_back(core))
+    empty = []
     for home in stores.values():
-        restored += _reindex_store(session, home, damaged, progress)
-    return {"ingested": ingested, "restored_rows": restored, "damaged": damaged, "exit": int(bool(damaged))}
+        records, rows = _reindex_store(session, home, damaged, progress)
+        restored += rows
+        empty += [] if records else [home.name]
+    said = {"ingested": ingested, "restored_rows": restored, "empty": empty, "damaged": damaged}
+    return {**said, "exit": int(bool(damaged))}
 
 
 def _store_named(session: "Session", source: str) -> Home | None:
@@ -106,10 +112,12 @@ def record_directories(directory: str) -> Iterator[str]:
             yield path
 
 
-def _reindex_store(session: "Session", home: Home, damaged: list[dict[str, Any]], progress: "Progress") -> int:
+def _reindex_store(
+    session: "Session", home: Home, damaged: list[dict[str, Any]], progress: "Progress"
+) -> tuple[int, int]:
     """Take up the records that a store holds: their rows, and their bytes as evicted. One without a manifest gets its
-    own: its bytes are read once, to be digested."""
-    count = 0
+    own: its bytes are read once, to be digested. The number of root records there, and of rows put back."""
+    records = count = 0
 
     def take(found: wire.Found) -> None:
         nonlocal count
@@ -126,8 +134,10 @@ def _reindex_store(session: "Session", home: Home, damaged: list[dict[str, Any]]
         damaged.append(damaged_in(home, key, reason))
 
     for found in wire.manifests(home.store(), note):
+        records += 1
         take(found)
     for uuid, stats in wire.plain_records(home.store()).items():
+        records += 1
         if _is_here(session, uuid) and session.core.index.get(uuid) is not None:
             continue  # its next push gives it a manifest
         try:
@@ -135,7 +145,7 @@ def _reindex_store(session: "Session", home: Home, damaged: list[dict[str, Any]]
             take(plain.with_manifest(home, uuid, stats, place, progress))
         except (RunfsError, OSError) as error:
             note(f"{uuid}/", str(error))
-    return count
+    return records, count
 
 
 def _is_here(session: "Session", uuid: str) -> bool:

@@ -4,6 +4,7 @@ They ask the index, the journal and the local disk; no store is waited for.
 """
 
 import os
+import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from vfs import cache, policy, shadow
 from vfs.core import Core
 from vfs.errors import RunfsError, UnknownRecord, in_words
-from vfs.format import run_status
 from vfs.index import Record
 from vfs.push import rows_digest
 from vfs.residency import FileState
@@ -141,7 +141,8 @@ def _path_status(session: "Session", path: str) -> dict[str, Any]:
         "error": core.trouble(unit.uuid, inside) or _error_of(core, unit),
     }
     try:
-        return common | (_file_status(core, unit, inside) if inside else _unit_status(core, unit))
+        folder = not inside or _is_folder(unit, inside)
+        return common | (_folder_status(core, unit, inside) if folder else _file_status(core, unit, inside))
     except OSError as error:
         return common | {"kind": None, "state": "unknown", "error": error.strerror}
 
@@ -172,6 +173,14 @@ def _in_working_directory(core: Core, path: bytes) -> tuple[Unit, bytes]:
     raise UnknownRecord(f"{os.fsdecode(path)} lies in no record of this index and not in its mount")
 
 
+def _is_folder(unit: Unit, path: bytes) -> bool:
+    fd = open_file(unit.base, path, os.O_RDONLY)
+    try:
+        return stat.S_ISDIR(os.fstat(fd).st_mode)
+    finally:
+        os.close(fd)
+
+
 def _file_status(core: Core, unit: Unit, path: bytes) -> dict[str, Any]:
     fd = open_file(unit.base, path, os.O_RDONLY)
     try:
@@ -191,7 +200,7 @@ def _file_status(core: Core, unit: Unit, path: bytes) -> dict[str, Any]:
     else:
         state = FileState.PARTIAL if local else FileState.EVICTED
     return {
-        "kind": "directory" if os.path.isdir(os.path.join(unit.base, path)) else "file",
+        "kind": "file",
         "state": state.value,
         "size": now.st_size,
         "local_bytes": local,
@@ -208,11 +217,12 @@ def _file_status(core: Core, unit: Unit, path: bytes) -> dict[str, Any]:
     }
 
 
-def _unit_status(core: Core, unit: Unit) -> dict[str, Any]:
-    size, local = sizes_of(unit)
+def _folder_status(core: Core, unit: Unit, path: bytes) -> dict[str, Any]:
+    """A record, or a directory in it: the homes hold a unit as a whole."""
+    size, local = sizes_of(unit, path)
     homes = core.journal.homes(unit.uuid)
     return {
-        "kind": "record",
+        "kind": "directory" if path else "record",
         "state": unit_state(unit, size, local),
         "size": size,
         "local_bytes": local,
@@ -233,14 +243,15 @@ def unit_state(unit: Unit, size: int, local: int) -> str:
     return "evicted" if local < size else "hydrated"
 
 
-def sizes_of(unit: Unit) -> tuple[int, int]:
-    """Bytes of a unit's files, and how many of them are here."""
+def sizes_of(unit: Unit, path: bytes = b"") -> tuple[int, int]:
+    """Bytes of the files of a unit, or of a directory in it, and how many of them are here."""
     size = local = 0
-    for seen in walk(unit.base):
+    base = os.path.join(unit.base, path) if path else unit.base
+    for seen in walk(base):
         if seen.kind != "file":
             continue
         size += seen.status.st_size
-        header = cache.read_header(os.path.join(unit.base, seen.path)) if unit.evicted else None
+        header = cache.read_header(os.path.join(base, seen.path)) if unit.evicted else None
         missing = header.size - header.local_bytes if header else 0
         local += max(seen.status.st_size - missing, 0)
     return size, local
@@ -289,10 +300,9 @@ def _shown(core: Core, record: Record, pins: set[str]) -> dict[str, Any]:
     }
     try:
         unit, inside = core.units.place(record.uuid)
-        base = os.path.join(unit.base, inside) if inside else unit.base
-        size, local = sizes_of(unit) if not inside else (None, None)
-        state = unit_state(unit, size or 0, local or 0)
-        return out | {"status": run_status(base).value, "state": state, "size": size, "local_bytes": local}
+        size, local = sizes_of(unit, inside)
+        state, status = unit_state(unit, size, local), policy.status_of(core, record)
+        return out | {"status": status, "state": state, "size": size, "local_bytes": local}
     except (RunfsError, OSError):
         return out | {"status": None, "state": "damaged", "size": None, "local_bytes": None}
 

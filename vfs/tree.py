@@ -145,24 +145,25 @@ class Tree:
 
     # --- the root ----------------------------------------------------------------------------------------------
 
-    def at_root(self, name: bytes) -> Node:
-        """The node of a name at the root, made if need be. Raises FileNotFoundError, DamagedRecord."""
+    def at_root(self, name: bytes, listed: Record | None = None) -> Node:
+        """The node of a name at the root, made if need be; `listed`: what the index has just said of it. Raises
+        FileNotFoundError, DamagedRecord."""
         present = self.root.children.get(name)
-        if present is not None and self.still(present, name):
+        if present is not None and self.still(present, name, listed):
             return present
         if present is not None:
             self.detach(self.root, name)
-        node = self._make_at_root(name)
+        node = self._make_at_root(name, listed)
         self.add(node)
         return node
 
-    def still(self, node: Node, name: bytes) -> bool:
+    def still(self, node: Node, name: bytes, listed: Record | None = None) -> bool:
         """Whether the index still says of this name what it said when the node was made."""
         if isinstance(node, View) or name in self.incoming:
             return True
         if name in self._arrived:
             return isinstance(node, Link) and node.target == self._arrived[name]
-        record = self._record(name)
+        record = listed or self._record(name)
         if record is None:
             return isinstance(node, FileNode) and node.unit.evicted
         target = self._nested_target(record)
@@ -185,10 +186,10 @@ class Tree:
         uuid = name.decode("ascii", "replace")
         return self._units.get(uuid) if self._units.is_evicted(uuid) else None
 
-    def _make_at_root(self, name: bytes) -> Node:
+    def _make_at_root(self, name: bytes, listed: Record | None) -> Node:
         if name == BY:
             return View(self.number(BY), self.root, BY)
-        record = self._record(name)
+        record = listed or self._record(name)
         if record is None:
             if name in self.incoming:
                 unit = self._units.adopt(name.decode(), self.incoming[name], incoming=True)
@@ -202,7 +203,7 @@ class Tree:
         if target is not None:
             return Link(self.number(b"link", name), self.root, name, target=target, mtime_ns=record.updated_at_ns)
         try:
-            return self.file_node(self.root, name, self._units.get(record.uuid))
+            return self.file_node(self.root, name, self._units.get(record.uuid, record))
         except UnknownRecord:
             raise FileNotFoundError(2, "no such record", name) from None
 

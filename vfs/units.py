@@ -4,16 +4,18 @@ A `Unit` object exists while somebody holds it (the tree, a push, a command) and
 counters (handles, change sequence) and its locks are shared. Calls here touch the journal and the local disk only.
 """
 
+import errno
 import os
+import stat
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from vfs import linux
+from vfs import cache, linux
 from vfs.errors import DamagedRecord, Refused, RunfsError, UnknownRecord
-from vfs.format import run_status
+from vfs.format import STATUS_MARKERS, run_status
 from vfs.index import Index, Record
 from vfs.journal import Journal, UnitRow
 from vfs.residency import State, allowed
@@ -77,10 +79,23 @@ class Unit:
         try:
             return os.open(self.base, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:
-            raise DamagedRecord(
-                f"{self.uuid}: its directory {os.fsdecode(self.base)} cannot be opened ({error.strerror}); "
-                f"if a store holds the record, `runfs hydrate --restore {self.uuid}` brings it back"
-            ) from error
+            raise self._gone(error) from error
+
+    def status(self) -> os.stat_result:
+        """What `base` itself is. Raises DamagedRecord when it is gone."""
+        try:
+            status = os.stat(self.base, follow_symlinks=False)
+        except OSError as error:
+            raise self._gone(error) from error
+        if not stat.S_ISDIR(status.st_mode):
+            raise self._gone(NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
+        return status
+
+    def _gone(self, error: OSError) -> DamagedRecord:
+        return DamagedRecord(
+            f"{self.uuid}: its directory {os.fsdecode(self.base)} cannot be opened ({error.strerror}); "
+            f"if a store holds the record, `runfs hydrate --restore {self.uuid}` brings it back"
+        )
 
     def note_change(self) -> None:
         """Something in it changed: what was pushed before is no longer all of it."""
@@ -105,21 +120,21 @@ class Units:
     def shadow_of(self, uuid: str) -> bytes:
         return self._cache + b"/" + uuid.encode()
 
-    def get(self, uuid: str) -> Unit:
-        """The unit of a root record. Raises UnknownRecord; DamagedRecord when it has no local place."""
+    def get(self, uuid: str, record: Record | None = None) -> Unit:
+        """The unit of a root record; `record`: its row, if the caller has just read it. Raises UnknownRecord;
+        DamagedRecord when it has no local place."""
         with self._lock:
             unit = self._known.get(uuid)
-            return unit if unit is not None and not unit.incoming else self._make(uuid)
+            return unit if unit is not None and not unit.incoming else self._make(uuid, record)
 
-    def _make(self, uuid: str) -> Unit:
+    def _make(self, uuid: str, record: Record | None) -> Unit:
         row = self._journal.unit(uuid)
-        directory = row.directory if row is not None else self._directory_of(uuid)
+        directory = row.directory if row is not None else self._directory_of(uuid, record or self._index.get(uuid))
         unit = Unit(uuid, directory, self.shadow_of(uuid), row)
         self._known[uuid] = unit
         return unit
 
-    def _directory_of(self, uuid: str) -> bytes:
-        record = self._index.get(uuid)
+    def _directory_of(self, uuid: str, record: Record | None) -> bytes:
         if record is None:
             raise UnknownRecord(f"the index has no record {uuid}; `runfs ls` shows those it has")
         if record.directory is None:
@@ -190,10 +205,11 @@ class Units:
         return nested.directory[len(prefix) :].rstrip(b"/")
 
     def status_of(self, record: Record) -> str | None:
-        """What a record's markers say of its run, wherever its files are; None when they cannot be read."""
+        """What a record's markers say of its run; None when they cannot be read, or are away, as after a reindex."""
         try:
             unit, path = self.place(record.uuid)
-            return run_status(os.path.join(unit.base, path) if path else unit.base).value
+            base = os.path.join(unit.base, path) if path else unit.base
+            return None if unit.evicted and _markers_away(base) else run_status(base).value
         except (RunfsError, OSError):
             return None
 
@@ -290,3 +306,14 @@ def point(link: bytes, mountpoint: bytes) -> None:
     os.symlink(mountpoint, temporary)
     os.rename(temporary, link)
     linux.sync_directory(os.path.dirname(link))
+
+
+def _markers_away(directory: bytes) -> bool:
+    """Whether a marker of the run is a placeholder that holds no bytes: read straight, it would say nothing."""
+    for name in STATUS_MARKERS:
+        try:
+            if cache.read_header(os.path.join(directory, os.fsencode(name))) is not None:
+                return True
+        except FileNotFoundError:
+            continue
+    return False

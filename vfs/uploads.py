@@ -159,8 +159,8 @@ class Uploads:
                     read_back(self.kept, key, content)
                 except (WrongBytes, NotFound):
                     continue
-                if self._may_be_swept(key):
-                    write(key, False)
+                if self._may_be_swept(key) and (again := write(key, False)).key != key:
+                    return _placed(file, again)
                 self._place_others(file, key)
                 return Placed(file.digest, key, time.time_ns(), ADOPTED)
             faults.point("push.uploaded")
@@ -173,6 +173,8 @@ class Uploads:
     def _place_others(self, file: File, source: str) -> None:
         """The plain objects of other paths with the same content: any tool finds all of a record by its names."""
         store = self.kept.store()
+        if store.info().chooses_keys:  # nobody would find them
+            return
         for other in self.lacking[file.digest][1:]:
             key = plain_key(self.uuid, other.path)
             if key in self.taken or self._exists(key):

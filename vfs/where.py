@@ -1,4 +1,4 @@
-"""Small languages people type: sizes (`50G`), ages (`30d`) and conditions on records (`kind=Execution and age>30d`).
+"""Small languages people type: sizes (`50G`), ages (`30d`) and conditions on records (`status=finished and age>30d`).
 
 Used by the settings (sizes and times in the configuration), the command line (to refuse bad input before anything
 starts) and the session (to select records). Nothing here blocks or touches a disk.
@@ -30,7 +30,7 @@ ORDERED = ("<", "<=", ">", ">=")
 
 SIZE_FORM = "write a number with a unit, such as 50G, 500MB or 1.5GiB"
 AGE_FORM = "write a number with a unit, such as 30d, 12h, 90m or 45s"
-WHERE_FORM = "write for example: kind=Execution and age>30d"
+WHERE_FORM = "write for example: status=finished and age>30d"
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(?:([kmgtpe])(i)?)?b?", re.IGNORECASE)
 _AGE_PART = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(ms|[smhdwy])", re.IGNORECASE)

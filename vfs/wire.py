@@ -212,11 +212,11 @@ def says_no_more(ours: Manifest, theirs: Manifest) -> bool:
 def _write_manifest(store: Store, key: str, body: bytes, version: str | None, base: Manifest | None) -> None:
     if not store.info().conditional_write:
         _compare(store, key, body, base)
-        store.write(key, body)
+        versions.put(store, key, body)
     elif version:
-        store.write(key, body, if_version=version)
+        versions.put(store, key, body, if_version=version)
     else:
-        store.write(key, body, if_absent=True)
+        versions.put(store, key, body, if_absent=True)
 
 
 def _compare(store: Store, key: str, body: bytes, base: Manifest | None) -> None:

@@ -213,8 +213,10 @@ def test_a_bug_in_a_store_ends_the_flight_too(session: Session) -> None:
 
 
 def test_a_store_that_is_not_configured_any_more(session: Session) -> None:
+    """Which store had the bytes is known, so that is said."""
+    names = " and ".join(sorted(home.name for home in session.core.homes))
     session.core.homes.clear()
-    with opened(session) as partial, pytest.raises(NoReplica, match="no configured store holds it"):
+    with opened(session) as partial, pytest.raises(NoReplica, match=f"no configured store holds it, but {names} had"):
         bring(session, partial, [0])
 
 
@@ -356,12 +358,12 @@ def test_settling_between_two_users_touches_no_other_file(session: Session, monk
 
 def test_the_first_touch_brings_small_files_together(session: Session) -> None:
     unit = unit_of(session)
-    session.hydrator.bring_small(unit)
+    session.hydrator.ahead.touched(unit)
     until(lambda: read_header(unit.shadow + b"/notes/model.bin") is None)
     until(lambda: read_header(unit.shadow + b"/caf\xe9 \xff.dat") is None)
     assert read_header(unit.shadow + b"/big") is not None
     session.core.settle()
     count = len(reads(hooked(session)))
-    session.hydrator.bring_small(unit)
+    session.hydrator.ahead.touched(unit)
     time.sleep(0.05)
     assert len(reads(hooked(session))) == count

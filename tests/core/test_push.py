@@ -4,8 +4,10 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from blake3 import blake3
@@ -32,6 +34,9 @@ from vfs.errors import Conflict, Unreachable
 from vfs.manifest import CHUNK, parse
 from vfs.push import Outcome
 from vfs.session import Session
+from vfs.stores import Info, Stat, register
+from vfs.stores.base import BaseBroker
+from vfs.stores.memory import MemoryStore
 from vfs.uploads import SMALL
 from vfs.versions.kept import version_key
 
@@ -285,6 +290,55 @@ def test_killed_at_every_point_of_a_push(tmp_path: Path) -> None:
             assert not list((place.store / ".runfs" / UUID).glob("data/*"))
             session.evictor.evict(unit_of(session))
             assert everything(session, unit_of(session)).items() >= FILES.items()
+
+
+class Choosing(MemoryStore):
+    """Gives objects keys of its own; those below `.runfs/` too, if its name begins with "all"."""
+
+    def info(self) -> Info:
+        return replace(super().info(), chooses_keys=True)
+
+    def _put(self, key: str, data: bytes, if_absent: bool, if_version: str | None) -> Stat:
+        if not key.startswith(".runfs/") or self.name.startswith("all"):
+            key = f"chosen/{blake3(data).hexdigest()}"
+        return super()._put(key, data, if_absent, if_version)
+
+
+class ChoosingBroker(BaseBroker):
+    def validate(self, config: Mapping[str, Any]) -> list[str]:
+        return []
+
+    def open(self, config: Mapping[str, Any]) -> Choosing:
+        return Choosing(str(config["name"]))
+
+
+register("choosing", ChoosingBroker())
+
+
+def test_the_keys_that_a_store_chose_are_kept(tmp_path: Path) -> None:
+    files = {**FILES, b"again.npy": FILES[b"weights.npy"], b"large": noise(LARGE, 5)}
+    place = Place(tmp_path / "host", {"lab": "choosing://lab"})
+    place.record(files=files)
+    before = contents(place.directory())
+    with place.session() as session:
+        push(session)
+        store = session.core.home("lab").store()
+        manifest = parse(store.read(manifest_key(UUID)), UUID)
+        named = {file.key for file in manifest.files if file.kind == "file"}
+        assert {stat.key for stat in store.list("chosen/")} == named
+        assert len(named) == len({file.digest for file in manifest.files if file.kind == "file"})
+        session.evictor.evict(unit_of(session))
+        assert everything(session, unit_of(session)) == before
+
+
+def test_a_store_that_moves_the_manifest_too_is_no_home(tmp_path: Path) -> None:
+    place = Place(tmp_path / "host", {"all": "choosing://all"})
+    place.record()
+    with place.session() as session:
+        outcome = session.pusher.push(unit_of(session))
+        ((name, error),) = outcome.failed
+        assert (name, outcome.clean) == ("all", False)
+        assert "it can be no home of records" in str(error)
 
 
 def test_an_object_of_somebody_else_under_the_plain_name(session: Session, place: Place) -> None:

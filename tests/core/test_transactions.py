@@ -15,7 +15,7 @@ from tests.core.making import FILES, UUID, Place, contents, hooked, noise, unit_
 from tests.core.test_versions import embellish, kept, mess_up, push, run, tree, version_in
 from vfs.core import manifest_key
 from vfs.errors import NoReplica, Refused, Unreachable, UsageError
-from vfs.events import Event, TransactionBegan, TransactionEnded
+from vfs.events import Event, ObjectDeleted, ObjectSet, TransactionBegan, TransactionEnded
 from vfs.journal import _MIGRATIONS
 from vfs.manifest import CHUNK, Manifest, parse
 from vfs.session import Session
@@ -311,6 +311,33 @@ def test_events(session: Session, place: Place) -> None:
         TransactionBegan(UUID, ""),
         TransactionEnded(UUID, True),
     ]
+
+
+def test_what_a_commit_sets_is_told_after_its_end(tmp_path: Path) -> None:
+    """Also where one of the stores takes it at the second push only."""
+    place = Place(tmp_path / "host", {name: f"hooked://{tmp_path}/{name}" for name in ("one", "two")})
+    place.record()
+    told: list[Event] = []
+    with place.session() as session:
+        transaction(session, "begin")
+        (place.directory() / "metrics.json").write_bytes(b"new")
+        session.core.events.subscribe(told.append, TransactionEnded, ObjectSet, ObjectDeleted)
+
+        def away(operation: str, key: str) -> None:
+            raise Unreachable("it is away")
+
+        hooked(session, "two").hook = away
+        assert transaction(session, "commit")["exit"] == 1
+        assert told == []
+        hooked(session, "two").hook = lambda _operation, _key: None
+        assert push(session).clean
+    assert told[0] == TransactionEnded(UUID, True)
+    changed = told[1:]
+    assert not [event for event in changed if isinstance(event, TransactionEnded)]
+    assert {(event.store, event.key) for event in changed if isinstance(event, ObjectSet)} >= {
+        (f"{tmp_path}/one", manifest_key(UUID)),
+        (f"{tmp_path}/two", manifest_key(UUID)),
+    }
 
 
 # --- crashes -------------------------------------------------------------------------------------------------------

@@ -149,6 +149,15 @@ class TestTransactions:
         assert heard[0] == TransactionBegan("t1", "new weights")
         assert heard[4:] == [TransactionEnded("t1", True), ObjectSet("lab", "u/a"), ObjectDeleted("lab", "u/b")]
 
+    def test_one_that_outlives_a_block_holds_its_own(self, events: Events, heard: list[Event]) -> None:
+        with events.holding(lambda event: event.key.startswith("u/")) as held:
+            for event in (ObjectSet("s", "u/a"), ObjectSet("s", "v/a"), ObjectDeleted("s", "u/b")):
+                events.publish(event)
+            assert heard == [ObjectSet("s", "v/a")]
+        assert held == [ObjectSet("s", "u/a"), ObjectDeleted("s", "u/b")]
+        events.publish(ObjectSet("s", "u/c"))
+        assert heard[1:] == [ObjectSet("s", "u/c")]
+
     def test_rolled_back_nothing_of_it_is_told(self, events: Events, heard: list[Event]) -> None:
         def fail(inside: Events) -> None:
             inside.publish(ObjectSet("lab", "u/a"))

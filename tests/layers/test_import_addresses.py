@@ -272,6 +272,7 @@ class TestArchivesFromTheWeb:
         done = run(session, f"url+{web.url}/none.tar")
         assert done["exit"] == 1
         assert "no record" in done["failed"][0]["reason"]
+        assert "pin" not in done
         assert done["failed"][0]["source"] == f"url+{web.url}/none.tar"
 
 
@@ -407,8 +408,41 @@ class TestPlacesHere:
         with pytest.raises(UsageError, match=r"what should be imported\?"):
             run(session, "")
 
+    def test_an_archive_that_is_named_without_its_kind(self, session: Session, tmp_path: Path) -> None:
+        record(tmp_path / "made")
+        packed = tmp_path / "r.tar.gz"
+        packed.write_bytes(archive(tmp_path / "made"))
+        (failed,) = run(session, str(packed))["failed"]
+        assert f"import it as file+{packed}" in failed["reason"]
+        with pytest.raises(UsageError, match=r"import it as url\+https://host/r.tar.gz$"):
+            run(session, "https://host/r.tar.gz?X-Signature=secret")
+
+    def test_a_directory_that_is_not_there(self, session: Session, tmp_path: Path) -> None:
+        (failed,) = run(session, f"{tmp_path}/nowhere")["failed"]
+        assert failed["reason"] == "there is no such directory"
+        (tmp_path / "file").touch()
+        (failed,) = run(session, f"{tmp_path}/file")["failed"]
+        assert failed["reason"] == "it is no directory"
+
 
 class TestStores:
+    def test_one_that_is_not_there_is_not_made(self, session: Session, tmp_path: Path) -> None:
+        with pytest.raises(Unreachable, match="cannot be opened"):
+            run(session, f"file://{tmp_path}/nowhere")
+        assert not (tmp_path / "nowhere").exists()
+
+    def test_one_without_records(self, session: Session, tmp_path: Path) -> None:
+        (tmp_path / "theirs").mkdir()
+        done = run(session, f"file://{tmp_path}/theirs")
+        assert (done["exit"], done["failed"][0]["reason"]) == (1, "no record is there")
+        assert os.listdir(tmp_path / "theirs") == []
+
+    def test_a_secret_in_the_url_is_not_repeated(self, session: Session) -> None:
+        for url in ("webdav+https://ann:verySecret@host/x", "s3://bucket?secret_access_key=verySecret"):
+            with pytest.raises(UsageError, match="credentials") as raised:
+                run(session, url)
+            assert "verySecret" not in str(raised.value)
+
     def test_a_store_is_pinned_by_its_manifests(self, session: Session, tmp_path: Path) -> None:
         url = f"file://{tmp_path}/theirs"
         records = Records(open_store(url))

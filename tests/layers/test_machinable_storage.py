@@ -286,6 +286,8 @@ class TestTheCommand:
         refused = write(str(file))
         assert (refused.returncode, file.read_text()) == (1, "# mine")
         assert "is there already and is something else" in refused.stderr
+        nowhere = write(str(tmp_path / "nowhere" / "runfs_storage.py"))
+        assert (nowhere.returncode, "there is no directory" in nowhere.stderr) == (1, True)
 
     def test_needs_nothing_of_runfs(self) -> None:
         """What it imports is machinable, pydantic (which machinable needs) and the standard library."""

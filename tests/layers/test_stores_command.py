@@ -110,6 +110,13 @@ class TestCheck:
         assert ran.code == 1
         assert "is the disk mounted?" in ran.out
 
+    def test_what_was_not_reached_is_not_said_to_do_anything(self, runfs: Shell, configured: Path) -> None:
+        ran = runfs("stores", "check", "away")
+        assert ran.code == 1
+        assert "Connection refused); is it running" in ran.out
+        assert "  does " not in ran.out
+        assert "  does " in runfs("stores", "check", "disk").out
+
     def test_the_volume_it_needs(self, runfs: Shell, place: Path) -> None:
         ran = runfs("stores", "check", f"nfs://{place}/mnt?remote=host:/export")
         assert ran.code == 1

@@ -407,7 +407,7 @@ def test_touching_a_record_calculates_nothing_ahead(
     session.core.journal.forget_replicas(uuid, "lab")
     began: list[Event] = []
     session.core.events.subscribe(began.append, Started)
-    session.hydrator.bring_small(unit_of(session, uuid))
+    session.hydrator.ahead.touched(unit_of(session, uuid))
     time.sleep(0.5)  # it works in threads of its own
     assert began == []
 

@@ -1,7 +1,9 @@
 """What only a directory store must do: stay inside, be durable, never take an unmounted disk for an empty store."""
 
+import errno
 import fcntl
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -247,6 +249,49 @@ class TestDurability:
         with pytest.raises(StoreTimeout):
             store.upload("u/a", slow, 100 * 2**20, deadline=0.15)
         assert names(store) == set()
+
+
+class TestCopying:
+    DATA = random.Random(7).randbytes(9_000_001)
+
+    def test_is_the_file_systems_work(self, store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        store.write("u/a", self.DATA)
+
+        def never(*_: object) -> bytes:
+            raise AssertionError("the bytes came through here")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "pread", never)
+            assert store.copy("u/a", "u/b").size == len(self.DATA)
+        assert store.read("u/b") == self.DATA
+
+    @pytest.mark.parametrize("why", [errno.EXDEV, errno.EOPNOTSUPP, 0])
+    def test_where_it_cannot_they_come_through_here(
+        self, store: FileStore, monkeypatch: pytest.MonkeyPatch, why: int
+    ) -> None:
+        store.write("u/a", self.DATA)
+
+        def unable(*_: object) -> int:
+            if why:
+                raise OSError(why, os.strerror(why))
+            return 0
+
+        monkeypatch.setattr(os, "copy_file_range", unable)
+        store.copy("u/a", "u/b")
+        assert store.read("u/b") == self.DATA
+
+    def test_one_that_is_cut_meanwhile(self, store: FileStore, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        store.write("u/a", self.DATA)
+        honest = os.copy_file_range
+
+        def cutting(*arguments: int) -> int:
+            os.truncate(root / "u" / "a", 1_000_000)
+            return honest(*arguments)
+
+        monkeypatch.setattr(os, "copy_file_range", cutting)
+        with pytest.raises(Conflict, match="became shorter meanwhile"):
+            store.copy("u/a", "u/b")
+        assert names(store) == {"u/a"}
 
 
 class TestMoving:

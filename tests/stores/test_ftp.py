@@ -139,6 +139,14 @@ class TestConfiguration:
         assert len(validate({"url": "ftp://host/directory", "tls": True})) == 1
 
 
+def test_a_server_without_tls(tmp_path: Path) -> None:
+    with rclone("ftp", tmp_path / "ftp") as server:
+        store = open_store({"url": f"ftp://127.0.0.1:{server.port}/base", "tls": True, **server.credentials()})
+        with pytest.raises(StoreError, match="has no TLS"):
+            store.read("u/a")
+        store.disconnect()
+
+
 def test_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A certificate has to be known, and the data encrypted, too."""
     certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"

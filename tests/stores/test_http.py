@@ -12,6 +12,7 @@ from tests.rclone import Rclone
 from tests.stores.kinds import own_prefix
 from vfs.errors import ConfigError, Denied, NotFound, RunfsError, StoreError, Unreachable
 from vfs.stores import Store, open_store, validate
+from vfs.stores.checking import try_store
 
 CONTENT = bytes(range(256)) * 40
 
@@ -61,6 +62,9 @@ class TestAddresses:
         found = store.check()
         assert found.reachable
         assert not found.writable
+        tried = try_store("web", f"http://127.0.0.1:{web.port}/", {})
+        assert tried["ok"], "a source that is read by name is as it is meant to be"
+        assert not try_store("web", "http://127.0.0.1:1/", {})["ok"]
 
     def test_directories_are_no_objects(self, web: Rclone, opened: Any) -> None:
         place = own_prefix()

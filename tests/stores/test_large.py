@@ -24,7 +24,9 @@ def mostly_zeros(offset: int, length: int) -> bytes:
     return data
 
 
-@pytest.mark.parametrize("fixture", ["file_stores", "s3", "ftp_stores", "webdav_stores"])
+@pytest.mark.parametrize(
+    "fixture", ["file_stores", "s3", "ftp_stores", "sftp_stores", "webdav_stores", "fsspec_local_stores"]
+)
 def test_a_large_object(request: pytest.FixtureRequest, fixture: str) -> None:
     make: MakeStore = request.getfixturevalue(fixture)
     store = make()

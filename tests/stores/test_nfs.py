@@ -113,6 +113,9 @@ except StoreError as error: print(type(error).__name__, error)
 """
 
 
+STALE_CALLS = ["read('u/a')", "write('u/a', b'y').size", "stat('u/a').size", "delete('u/a')", "copy('u/a', 'u/b').size"]
+
+
 class TestStale:
     """The kernel's own answer, put into the process by strace: the n-th openat of that path gives ESTALE."""
 
@@ -139,7 +142,7 @@ class TestStale:
         shutil.rmtree(directory)
 
     @pytest.mark.parametrize("when", [OF_THE_ROOT, OF_WHAT_IS_IN_IT])
-    @pytest.mark.parametrize("call", ["read('u/a')", "write('u/a', b'y').size", "stat('u/a').size", "delete('u/a')"])
+    @pytest.mark.parametrize("call", STALE_CALLS)
     def test_a_stale_directory_is_opened_anew(self, run: Callable[..., str], call: str, when: int) -> None:
         assert "Unreachable" not in run(call, f"{when}")
         assert "Unreachable" in run(call, f"{when}", "file")

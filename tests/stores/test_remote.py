@@ -17,7 +17,7 @@ from tests.lying import Answer, lying, ranged
 from tests.rclone import Rclone
 from tests.stores.conftest import MakeStore
 from tests.stores.kinds import LARGE, own_prefix
-from vfs.errors import ConfigError, Conflict, RunfsError, StoreError
+from vfs.errors import ConfigError, Conflict, Denied, RunfsError, StoreError
 from vfs.stores import Store, open_store, validate
 from vfs.stores.base import BaseStore
 from vfs.stores.memory import MemoryStore, Objects
@@ -257,6 +257,14 @@ class TestConfigurationOnlyOfCloudsThatNoTestReaches:
         with pytest.raises(ConfigError, match=named) as refused:
             open_store({"url": url, **options})
         assert "abcdef" not in str(refused.value)
+
+
+def test_webdav_credentials_are_named_as_its_options(webdav: Rclone) -> None:
+    store = open_store({"url": f"webdav+http://127.0.0.1:{webdav.port}/", "username": "nobody", "password": "wrong"})
+    with pytest.raises(Denied, match="username and password") as refused:
+        store.read("u/a")
+    assert "AWS" not in str(refused.value)
+    store.disconnect()
 
 
 def test_webdav_temporary_objects_are_not_listed_and_are_swept(webdav_stores: MakeStore) -> None:

@@ -84,6 +84,7 @@ class Listing(Iterator[T], Generic[T]):
 
     @property
     def stale(self) -> bool:
+        """Whether a store could not be asked: there may be more, or newer."""
         return bool(self.reason)
 
     def __iter__(self) -> "Listing[T]":

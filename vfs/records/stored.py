@@ -18,6 +18,7 @@ from vfs.manifest import Manifest, Merge, merge, parse
 from vfs.records import retrieve
 from vfs.records.local import Local, Row, checked
 from vfs.scan import Changing
+from vfs.stores.batch import delete_files
 from vfs.stores.protocol import Stat, Store
 from vfs.uploads import ADOPTED, Placed, Uploads
 from vfs.versions import kept as versions
@@ -201,7 +202,11 @@ def delete_from(kept: Kept, uuid: str) -> bool:
     with kept.watched():
         plain = [stat.key for stat in store.list(f"{uuid}/")]
         ours = [stat.key for stat in store.list(f".runfs/{uuid}/")]
-        for key in [*(key for key in first if key in {*plain, *ours}), *plain, *ours]:
-            if key.startswith((f"{uuid}/", f".runfs/{uuid}/")):  # whatever a listing says
+        found = {key for key in (*plain, *ours) if key.startswith((f"{uuid}/", f".runfs/{uuid}/"))}  # whatever it says
+        for key in first:
+            if key in found:
                 store.delete(key)
+        for outcome in delete_files(store, sorted(found.difference(first))):
+            if outcome.error is not None and not isinstance(outcome.error, NotFound):
+                raise outcome.error
     return bool(plain or ours)

@@ -156,6 +156,7 @@ class BaseBroker:
     wants: frozenset[str] = frozenset()  # options that a session gives, where the configuration does not: see `Home`
 
     def volume(self, config: Mapping[str, Any]) -> Volume | None:
+        """Nothing has to be mounted first."""
         return None
 
 

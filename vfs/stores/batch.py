@@ -91,6 +91,7 @@ class Wanted:
 
     @property
     def is_whole(self) -> bool:
+        """Whether all of the object is wanted."""
         return self.start == 0 and self.length is None
 
 

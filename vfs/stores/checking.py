@@ -38,5 +38,6 @@ def try_store(
     finally:
         if opened is None:
             store.disconnect()
-    ok = check.reachable and check.readable and (check.writable or info.read_only)
+    readable = check.readable or not info.lists  # without a listing nothing is known that could be read as a test
+    ok = check.reachable and readable and (check.writable or info.read_only)
     return shown | {"broker": info.broker, "info": asdict(info), "check": asdict(check), "ok": ok}

@@ -29,6 +29,7 @@ _DENIED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 _GONE = frozenset(
     {errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.EHOSTDOWN, errno.ETIMEDOUT, errno.ENOTCONN}
 )
+_NO_RANGES = frozenset({errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})  # of copy_file_range(2)
 _NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 
 
@@ -262,6 +263,25 @@ def write_all(file: int, data: bytes | memoryview) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(file, view) :]
+
+
+def copy_piece(source: int, target: int, offset: int, length: int) -> int:
+    """Copy a part of an open file to the same place in another: by the file system where it can, else through here.
+    The bytes copied: fewer only where the file ends."""
+    done = 0
+    while done < length and (count := _copy_some(source, target, offset + done, length - done)):
+        done += count
+    return done
+
+
+def _copy_some(source: int, target: int, offset: int, length: int) -> int:
+    try:
+        if count := os.copy_file_range(source, target, length, offset, offset):
+            return count
+    except OSError as error:
+        if error.errno not in _NO_RANGES:
+            raise
+    return os.pwrite(target, os.pread(source, length, offset), offset)
 
 
 def put_new(source: int, name: str, target: int, as_name: str) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import atexit
 import os
 import threading
+import time
 from collections.abc import Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -60,6 +61,8 @@ async def _cancel_others() -> None:
     await asyncio.gather(*others, return_exceptions=True)
 
 
+_SETTLE_S = 0.05  # opendal's threads drop what they hold of Python just after they answered
+
 _lock = threading.Lock()
 _current: tuple[int, EventLoop] | None = None
 
@@ -78,3 +81,4 @@ def _stop() -> None:
     # Without this a completion that arrives while the interpreter shuts down aborts the process.
     if _current is not None and _current[0] == os.getpid():
         _current[1].stop()
+        time.sleep(_SETTLE_S)  # frees the interpreter for the engine's threads

@@ -26,6 +26,7 @@ from vfs.stores import keys, places, urls
 from vfs.stores.base import BaseBroker, BaseStore, is_wanted, take_piece
 from vfs.stores.directory import (
     Directory,
+    copy_piece,
     explain,
     open_directory,
     open_file,
@@ -146,14 +147,21 @@ class FileStore(BaseStore):
         progress: Callable[[int], None] | None = None,
         deadline: float | None = None,
     ) -> Stat:
-        keys.check_writable(key)
         budget = self._limits.budget(deadline, size)
-        condition = Condition(if_absent, if_version)
-        with self._rooted("upload", key, writing=True) as root:
+
+        def fill(file: int) -> None:
+            self._fill(file, key, source, size, progress, budget)
+
+        return self._put("upload", key, fill, Condition(if_absent, if_version), budget)
+
+    def _put(self, operation: str, key: str, fill: Callable[[int], None], condition: Condition, budget: Budget) -> Stat:
+        """Give the key to a new file; `fill` writes into it."""
+        keys.check_writable(key)
+        with self._rooted(operation, key, writing=True) as root:
             if not condition.free:  # a look before the work; what counts is decided under the lock
                 self._check(key, condition, self._find(root, key))
             with self._directory.temporary(root) as (directory, name, file):
-                self._fill(file, key, source, size, progress, budget)
+                fill(file)
                 # The clock of the file system ticks every few milliseconds; the version needs a finer time.
                 os.utime(file, ns=(now := time.time_ns(), now))
                 os.fsync(file)
@@ -175,13 +183,19 @@ class FileStore(BaseStore):
                 remove_file(root, found.place)
 
     def copy(self, source: str, target: str, *, if_absent: bool = False, deadline: float | None = None) -> Stat:
-        with self._opened("copy", keys.check_readable(source)) as file:
-            size = os.fstat(file).st_size
+        """By the file system, which may share the blocks, or have its server copy them."""
+        with self._opened("copy", keys.check_readable(source)) as there:
+            size = os.fstat(there).st_size
+            budget = self._limits.budget(deadline, size)
 
-            def piece(offset: int, length: int) -> bytes:
-                return os.pread(file, length, offset)
+            def fill(file: int) -> None:
+                for offset in range(0, size, PIECE):
+                    wanted = min(PIECE, size - offset)
+                    if copy_piece(there, file, offset, wanted) < wanted:
+                        raise Conflict(f"{self.name}: copy {source}: it became shorter meanwhile; try again")
+                    self._check_time("copy", source, budget)
 
-            return self.upload(target, piece, size, if_absent=if_absent, deadline=deadline)
+            return self._put("copy", target, fill, Condition(if_absent, None), budget)
 
     def move(self, source: str, target: str, *, if_absent: bool = False, deadline: float | None = None) -> Stat:
         keys.check_readable(source)

@@ -71,6 +71,11 @@ class Session:
 
     def _log_in(self, account: Account, limit_s: float) -> None:
         self.ftp.connect(account.host, account.port, limit_s)
+        if isinstance(self.ftp, ftplib.FTP_TLS) and account.tls == "explicit":
+            try:
+                self.ftp.auth()
+            except ftplib.error_perm:
+                raise ftplib.error_perm("534 that it has no TLS (AUTH TLS): leave out tls, or use ftps://") from None
         self.ftp.login(account.user, account.password)
         if isinstance(self.ftp, ftplib.FTP_TLS):
             try:

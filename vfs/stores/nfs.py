@@ -131,6 +131,9 @@ class NfsStore(FileStore):
     def delete(self, key: str, *, deadline: float | None = None) -> None:
         _again(lambda: super(NfsStore, self).delete(key, deadline=deadline))
 
+    def copy(self, source: str, target: str, *, if_absent: bool = False, deadline: float | None = None) -> Stat:
+        return _again(lambda: super(NfsStore, self).copy(source, target, if_absent=if_absent, deadline=deadline))
+
     def move(self, source: str, target: str, *, if_absent: bool = False, deadline: float | None = None) -> Stat:
         return _again(lambda: super(NfsStore, self).move(source, target, if_absent=if_absent, deadline=deadline))
 

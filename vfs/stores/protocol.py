@@ -9,6 +9,10 @@ Rules that hold for every store:
 - Keys are `str`; `keys.py` makes them and says which are accepted. A key may be an object and a prefix of
   others at once.
 - Any thread may call any method at any time.
+- `deadline` is in seconds, for the whole call; None: what the store's configuration says (`limits.py`). Sizes and
+  offsets are in bytes.
+- Beside what each method names, every one may raise UsageError (a key or range that cannot be) and StoreError:
+  StoreTimeout, Unreachable, Denied, StoreFull, or itself where the store failed in a way that has no class.
 - What `write`, `upload` and `copy` put there appears whole or not at all (`Info.atomic_replace` tells where
   replacing an existing object is not atomic).
 - `if_absent` with bytes that are there already, exactly the same, may succeed instead of raising Conflict (a write
@@ -49,14 +53,16 @@ class Stat:
 class Info:
     """What a store can do; the contract suite proves each claim, and the layers above ask instead of guessing.
 
-    `broker`: the registry's name. `ranges`: `read` moves only the bytes asked for. `lists`: `list` works (a web
-    server without a listing has none). `atomic_replace`: readers of an object that is replaced see the old one
-    or the new one. `conditional_write`: `if_absent` and `if_version` are decided by the store itself; without it
-    the store is for a single writer. `server_copy`, `server_move`: the bytes do not travel through this machine.
-    `checksum`: the kind that `Stat.checksum` can have. `max_object`: bytes an object may have, where the engine
-    has a limit that is met in practice. `chooses_keys`: an upload may be answered with another key than the one
-    asked for; the caller keeps `Stat.key`. `resumes`: an upload that was interrupted goes on where it was when
-    the same bytes are uploaded to the same key. `sweeps`: interrupted uploads stay until `sweep` removes them.
+    `broker`: the registry's name. `ranges`: `read` moves only the bytes asked for. `lists`: `list` works (a web server
+    without a listing has none). `atomic_replace`: readers of an object that is replaced see the old one or the new one.
+    `conditional_write`: `if_absent` and `if_version` are decided by the store itself; without it the store is for a
+    single writer. `server_copy`, `server_move`: the store (its server, or the file system) does it; the bytes are not
+    read and sent again. `checksum`: the kind that `Stat.checksum` can have. `max_object`: bytes an object may have,
+    where the engine has a limit that is met in practice. `chooses_keys`: an upload may be answered with another key
+    than the one asked for; the caller keeps `Stat.key`. A home may choose the keys of a record's contents, never that
+    of a manifest; what it put outside the record's own prefixes is not removed with the record. `resumes`: an upload
+    that was interrupted goes on where it was when the same bytes are uploaded to the same key. `sweeps`: interrupted
+    uploads stay until `sweep` removes them.
     `exact_versions`: each replacement has another `Stat.version`; without it one that follows within the tick of the
     store's clock, with the same size, may have the same version.
     `calculates`: reading makes what is not there, which may take long and cost something: ask it last.

@@ -282,7 +282,7 @@ class Calls:
         target = self._target
         if isinstance(error, Stalled):
             return remote_errors.timed_out(target.name, target.place, operation, key, str(error))
-        return remote_errors.explain(error, target.name, target.place, operation, key, target.secrets())
+        return remote_errors.explain(error, target.name, target.place, operation, key, target.secrets(), target.scheme)
 
     async def in_window(self, awaitable: Awaitable[T]) -> T:
         """The answer to a small question, within one window."""
@@ -365,7 +365,7 @@ def _operator(target: Target) -> opendal.AsyncOperator:
     try:
         return opendal.AsyncOperator(target.scheme, **target.options)
     except remote_errors.OPENDAL_ERRORS as error:
-        reason = remote_errors.explain(error, target.name, target.place, "open", "", target.secrets())
+        reason = remote_errors.explain(error, target.name, target.place, "open", "", target.secrets(), target.scheme)
         raise ConfigError(f"store {target.url}: {reason}") from None
 
 

@@ -21,6 +21,12 @@ _CONNECT = re.compile(
     r"tcp connect|\(Connect\)|dns error|connection (?:refused|reset|closed)|ConnectionReset|IncompleteMessage", re.I
 )
 _NO_CREDENTIALS = "failed to load signing credential"
+_CREDENTIALS = {  # what to set, by opendal's name of the service
+    "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY",
+    "gcs": "credential_path, or GOOGLE_APPLICATION_CREDENTIALS",
+    "azblob": "account_name, account_key",
+    "webdav": "username and password, or token",
+}
 
 # opendal's classes share no base, and its file objects raise OSError with the class's name as the first word.
 OPENDAL_ERRORS: tuple[type[Exception], ...] = (
@@ -39,11 +45,13 @@ def kind(error: Exception) -> str:
     return found[1] if found else type(error).__name__
 
 
-def explain(error: Exception, store: str, place: str, operation: str, key: str, secrets: Sequence[str]) -> StoreError:
+def explain(
+    error: Exception, store: str, place: str, operation: str, key: str, secrets: Sequence[str], scheme: str
+) -> StoreError:
     """Our error for one of opendal's. `temporary` on it says whether trying again at once can help."""
     what = f"{store}: {operation} {key}" if key else f"{store}: {operation}"
     text = str(error)
-    made = _made(error, text, what, place)
+    made = _made(error, text, what, place, _CREDENTIALS.get(scheme, "its options in the configuration"))
     message = str(made)
     for secret in secrets:
         message = message.replace(secret, "***")
@@ -59,7 +67,7 @@ def timed_out(store: str, place: str, operation: str, key: str, why: str) -> Sto
     )
 
 
-def _made(error: Exception, text: str, what: str, place: str) -> StoreError:
+def _made(error: Exception, text: str, what: str, place: str, credentials: str) -> StoreError:
     code = _first(_CODE, text)
     name = kind(error)
     if name == "NotFound":
@@ -67,11 +75,11 @@ def _made(error: Exception, text: str, what: str, place: str) -> StoreError:
     if name in ("ConditionNotMatch", "AlreadyExists"):
         return Conflict(f"{what}: somebody else wrote it meanwhile")
     if name == "PermissionDenied" or _first(_STATUS, text) == "401":
-        return Denied(f"{what}: refused ({code or 'permission denied'}); {_advice(code)}")
+        return Denied(f"{what}: refused ({code or 'permission denied'}); {_advice(code, credentials)}")
     if name == "ConfigInvalid":
         return _lasting(Unreachable(f"{what}: {place} says {_short(text)}; check the store's URL"))
     if _NO_CREDENTIALS in text:
-        return Denied(f"{what}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or configure them")
+        return Denied(f"{what}: no credentials; set {credentials}, or configure them")
     if _first(_STATUS, text) == "507" or _FULL.search(text):
         return StoreFull(
             f"{what}: {place} takes no more ({code or _short(text)}); make room there or use another store"
@@ -96,13 +104,13 @@ def _temporary_or_not(error: Exception, text: str, what: str, place: str) -> Sto
     return StoreError(f"{what}: {place} says {_short(text)}")
 
 
-def _advice(code: str | None) -> str:
+def _advice(code: str | None, credentials: str) -> str:
     if code in ("SignatureDoesNotMatch", "InvalidAccessKeyId", "ExpiredToken", "InvalidToken"):
-        return "check the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
+        return f"check the credentials ({credentials})"
     if code == "RequestTimeTooSkewed":
         return "this machine's clock is wrong: set it"
     if code is None:  # an answer without a body, as to HEAD, does not say why
-        return "check the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) and what they may do"
+        return f"check the credentials ({credentials}) and what they may do"
     return "these credentials may not do that: ask for the right, or use others"
 
 
@@ -118,7 +126,7 @@ def _short(text: str) -> str:
 def _cause(text: str) -> str:
     """The innermost reason of a failed request, without its URL."""
     source = re.search(r"Source:\n\s+(.*)", text)
-    words = source[1] if source else _short(text)
+    words = re.sub(r" ?\(os error \d+\)", "", source[1] if source else _short(text))
     return words.rsplit("error: ", 1)[-1].rsplit("): ", 1)[-1].split("http", 1)[0].strip(" ()")[:120] or "no answer"
 
 

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from vfs.errors import Conflict, ManifestError, NotFound
+from vfs.errors import Conflict, ManifestError, NotFound, StoreError
 from vfs.manifest import Manifest, dump, parse, same_tree
 from vfs.stores.protocol import Stat, Store
 
@@ -37,6 +37,17 @@ COALESCED_S = 600.0  # longer than the pauses between pushes of a live run, shor
 # How long an announcement is believed. Who sweeps stops after a quarter of it; requests end at their deadlines.
 ANNOUNCED_S = 600.0
 _DIGITS = 19
+
+
+def put(store: Store, key: str, body: bytes, *, if_absent: bool = False, if_version: str | None = None) -> None:
+    """Write what is found by its key alone. Raises Conflict, and StoreError when the store has put it elsewhere
+    (`Info.chooses_keys`): it may choose the keys of contents, which a manifest names, but not this one."""
+    stat = store.write(key, body, if_absent=if_absent, if_version=if_version)
+    if stat.key != key:
+        store.delete(stat.key)
+        raise StoreError(
+            f"{store.name} put {key} under a key of its own, where nobody would find it: it can be no home of records"
+        )
 
 
 def version_key(uuid: str, number: int) -> str:
@@ -58,9 +69,9 @@ def keep(kept: "Kept", manifest: Manifest, told: Callable[[Manifest], None]) -> 
     with kept.watched():
         try:
             if store.info().conditional_write:
-                store.write(key, body, if_absent=True)
+                put(store, key, body, if_absent=True)
             elif _present(store, key) is None:
-                store.write(key, body)
+                put(store, key, body)
         except Conflict:
             there = _present(store, key)
             if there is not None and there != body:
@@ -114,7 +125,7 @@ def announcing(kept: "Kept", uuid: str, keys: Sequence[str]) -> Iterator[None]:
     `ANNOUNCED_S`."""
     key = f"{_announced(uuid)}{os.urandom(8).hex()}.json"
     with kept.watched():
-        kept.store().write(key, json.dumps({"at_ns": time.time_ns(), "keys": list(keys)}).encode())
+        put(kept.store(), key, json.dumps({"at_ns": time.time_ns(), "keys": list(keys)}).encode())
     yield
     with kept.watched():
         kept.store().delete(key)
