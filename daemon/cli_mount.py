@@ -124,6 +124,8 @@ def _announce(info: dict[str, Any], as_json: bool) -> None:
         print_json({"exit": 0, **info})
     else:
         print(mounted(info), flush=True)
+        for sentence in info.get("warnings", []):
+            typer.echo(f"runfs: {sentence}", err=True)
 
 
 def _show_plan(settings: Any, as_json: bool) -> None:

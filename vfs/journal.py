@@ -370,6 +370,18 @@ class Journal(VersionRows):
         """(record, store, digest of its index rows) of everything that was pushed."""
         return [(row[0], row[1], row[2]) for row in self._all("SELECT uuid, store, rows FROM homes")]
 
+    def without_home(self, stores: Iterable[str]) -> list[tuple[str, str]]:
+        """(record, a store that has it) of units whose files are not in their directory, and that none of these stores
+        holds."""
+        names = list(stores)
+        marks = ", ".join("?" * len(names))
+        rows = self._all(
+            "SELECT u.uuid, min(h.store) FROM units u JOIN homes h ON h.uuid=u.uuid GROUP BY u.uuid "
+            f"HAVING sum(h.store IN ({marks}))=0",
+            names,
+        )
+        return [(row[0], row[1]) for row in rows]
+
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Files and bytes of each unit, as last digested."""
         rows = self._all("SELECT uuid, count(*), sum(size) FROM files WHERE kind='file' AND same=x'' GROUP BY uuid")

@@ -63,8 +63,11 @@ class Session:
         IndexUnavailable, JournalLocked (another process serves this index), JournalError.
         """
         _enough_homes(settings)
-        for store in settings.stores if role == "daemon" else ():
-            validate(store.url, store.name, store.options)
+        warnings = [
+            sentence
+            for store in (settings.stores if role == "daemon" else ())
+            for sentence in validate(store.url, store.name, store.options)
+        ]
         index = Index.open(settings.index, create=settings.create_index)
         try:
             journal = Journal(settings.state)
@@ -74,6 +77,7 @@ class Session:
         journal.holder(f"process {os.getpid()} ({role}{f' of {settings.mountpoint}' if settings.mountpoint else ''})")
         _raise_descriptors()
         session = cls(settings, index, journal)
+        session.warnings += warnings
         try:
             session._start(role)
         except BaseException:
@@ -90,8 +94,20 @@ class Session:
             log.warning("%s", sentence)
             if role == "daemon":
                 self.warnings.append(sentence)
-        self.warnings += self.core.units.load_dirty()
+        self.warnings += [*self.core.units.load_dirty(), *self._out_of_reach()]
         self.put_rows_back()
+
+    def _out_of_reach(self) -> list[str]:
+        """What evicted records need and is not configured: nobody should learn it from a failed read."""
+        found = self.core.journal.without_home(home.name for home in self.core.stores)
+        if not found:
+            return []
+        count = f"{len(found)} evicted records are" if len(found) > 1 else f"the evicted record {found[0][0]} is"
+        names = sorted({store for _uuid, store in found})
+        return [
+            f"{count} only in {' or '.join(names)}, which is not configured: what is not in the cache cannot be read. "
+            f"Mount with --store {names[0]}=URL, or add [stores.{names[0]}] to the configuration"
+        ]
 
     def put_rows_back(self) -> list[str]:
         """Give evicted records back to an index that machinable dropped and rebuilt; the uuids put back."""

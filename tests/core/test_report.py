@@ -96,3 +96,20 @@ def test_passthrough_that_was_switched_off_is_not_wrong(place: Place) -> None:
     with place.session(passthrough="off") as session:
         (found,) = [each for each in run(session, "doctor")["checks"] if each["name"] == "passthrough"]
     assert found["ok"] is True
+
+
+def test_a_store_that_evicted_records_need_is_missed_at_the_start(tmp_path: Path) -> None:
+    """Not at the first read that fails."""
+    place = Place(tmp_path / "host", {"lab": f"hooked://{tmp_path}/lab", "disk": f"hooked://{tmp_path}/disk"})
+    place.record()
+    with place.session() as session:
+        session.evictor.evict(unit_of(session))
+        assert session.warnings == []
+    place.stores = {"disk": f"hooked://{tmp_path}/disk"}
+    with place.session() as session:
+        assert session.warnings == []  # one of its homes is enough
+    place.stores = {"other": f"hooked://{tmp_path}/other"}
+    with place.session() as session:
+        (said,) = session.warnings
+    assert "only in disk" in said
+    assert "--store disk=URL" in said
