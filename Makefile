@@ -6,7 +6,7 @@ VENV ?= .venv
 S3 ?=
 # Test files run at a time: most of a test's time is waiting for disks and deadlines.
 WORKERS ?= 4
-# `make bench QUICK=1` takes under three minutes; B holds more options of it.
+# `make bench QUICK=1` takes a few minutes; B holds more options of it.
 QUICK ?=
 B ?=
 
@@ -39,7 +39,7 @@ check: $(VENV)/.test  ## lint, format, types, and that imports point from daemon
 demo: $(VENV)/.demo  ## the main job on a small real project, step by step (S3=1: against a real S3 server)
 	$(VENV)/bin/python -m daemon.demo $(if $(filter-out 0,$(S3)),--s3)
 
-bench: $(VENV)/.bench  ## runfs beside the native file system, bare S3, rclone, JuiceFS and s3fs (QUICK=1: 3 minutes; B='--only cold')
+bench: $(VENV)/.bench  ## runfs beside the native file system, bare S3, rclone, JuiceFS and s3fs (QUICK=1: a few minutes; B='--only cold')
 	$(VENV)/bin/python -m tests.bench $(if $(filter-out 0,$(QUICK)),--quick) $(B)
 
 lock: $(VENV)/.runtime  ## write requirements.lock anew from pyproject.toml (UPGRADE=1: with the newest versions)

@@ -1,4 +1,4 @@
-"""runfs beside the native file system, the bare store and its peers: `make bench` (QUICK=1: under three minutes).
+"""runfs beside the native file system, the bare store and its peers: `make bench` (QUICK=1: a few minutes).
 
 Each round does every work once on every system, in the same order, on the same machine and the same SeaweedFS server,
 so that figures of a round can be compared. Not a test: nothing here fails because something is slow.

@@ -48,9 +48,15 @@ def read_through(path: Path, size: int) -> float:
     return took[0]
 
 
+def scattered(size: int, count: int, seed: int) -> list[int]:
+    """So many offsets in a file, each a multiple of 4 KiB; the same for the same seed."""
+    chance = random.Random(seed)
+    return [chance.randrange(size // SMALL) * SMALL for _ in range(count)]
+
+
 def read_random(path: Path, size: int, count: int, seed: int) -> float:
     """Seconds for so many reads of 4 KiB."""
-    places = [random.Random(seed).randrange(size // SMALL) * SMALL for _ in range(count)]
+    places = scattered(size, count, seed)
     buffers = [bytearray(SMALL)]
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -79,7 +85,7 @@ def write_through(path: Path, data: bytes, size: int) -> float:
 
 
 def write_random(path: Path, size: int, count: int, seed: int) -> float:
-    places = [random.Random(seed).randrange(size // SMALL) * SMALL for _ in range(count)]
+    places = scattered(size, count, seed)
     data = os.urandom(SMALL)
     fd = os.open(path, os.O_RDWR)
     try:
@@ -150,7 +156,7 @@ def random_cold(bench: "Bench", number: int) -> None:
         bench.wire.put("large", {"big": source})
         for system in systems:
             system.put("large", {"big": source})
-    places = [random.Random(number).randrange(size // SMALL) * SMALL for _ in range(PLACES)]
+    places = scattered(size, PLACES, number)
 
     def bare(place: int) -> int:
         return len(bench.wire.operator.read("large/big", offset=place, size=SMALL))
