@@ -85,5 +85,7 @@ class Ahead:
                     if not self._note(record.uuid):
                         continue
                     self._waiting.add(record.uuid)
+                    if len(self._waiting) > _KEPT:  # walks that never went on
+                        self._waiting.pop()
                 found.append(self._core.units.get(record.uuid))
         return found

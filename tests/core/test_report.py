@@ -113,3 +113,13 @@ def test_a_store_that_evicted_records_need_is_missed_at_the_start(tmp_path: Path
         (said,) = session.warnings
     assert "only in disk" in said
     assert "--store disk=URL" in said
+
+
+def test_what_a_broker_warns_of_is_told_by_the_mount(tmp_path: Path) -> None:
+    place = Place(tmp_path / "host", {"lab": "memory://warned"})
+    session = Session.open(place.settings(), role="daemon")
+    try:
+        (said,) = session.warnings
+    finally:
+        session.close()
+    assert "gone when the process ends" in said

@@ -50,10 +50,22 @@ def zeros(offset: int, length: int) -> bytes:
     return bytes(length)
 
 
+def read(store: Store, deadline: float) -> bytes:
+    return store.read("u/large", 0, len(LARGE), deadline=deadline)
+
+
+def read_into(store: Store, deadline: float) -> bytes:
+    """The way hydrate takes: in the caller's thread, into its own memory."""
+    buffer = bytearray(len(LARGE))
+    return bytes(buffer[: store.read_into("u/large", memoryview(buffer), deadline=deadline)])
+
+
+READS = pytest.mark.parametrize("reading", [read, read_into])
 CALLS: dict[str, Callable[[Store], object]] = {
     "stat": lambda store: store.stat("u/small", deadline=DEADLINE_S),
     "read": lambda store: store.read("u/small", deadline=DEADLINE_S),
-    "read large": lambda store: store.read("u/large", 0, len(LARGE), deadline=DEADLINE_S),
+    "read large": lambda store: read(store, DEADLINE_S),
+    "read into": lambda store: read_into(store, DEADLINE_S),
     "write": lambda store: store.write("u/written", b"x" * 1000, if_absent=True, deadline=DEADLINE_S),
     "upload": lambda store: store.upload("u/new", zeros, BIG, if_absent=True, deadline=DEADLINE_S),
     "list": lambda store: list(store.list(deadline=DEADLINE_S)),
@@ -129,17 +141,23 @@ class TestNothingHangs:
 
 
 class TestTheLeastThroughput:
-    def test_a_read_that_trickles_is_broken_off_long_before_the_deadline(self, proxy: FaultProxy, store: Store) -> None:
+    @READS
+    def test_a_read_that_trickles_is_broken_off_long_before_the_deadline(
+        self, proxy: FaultProxy, store: Store, reading: Callable[[Store, float], bytes]
+    ) -> None:
         proxy.rate = 20_000
         proxy.set("dribble")
-        took, result = timed(lambda: store.read("u/large", 0, len(LARGE), deadline=60))
+        took, result = timed(lambda: reading(store, 60))
         assert isinstance(result, StoreTimeout)
         assert took < 6  # four windows of 0.5 s and the pauses between them
 
-    def test_a_slow_read_above_it_succeeds(self, proxy: FaultProxy, store: Store) -> None:
+    @READS
+    def test_a_slow_read_above_it_succeeds(
+        self, proxy: FaultProxy, store: Store, reading: Callable[[Store, float], bytes]
+    ) -> None:
         proxy.rate = 1_500_000
         proxy.set("dribble")
-        took, result = timed(lambda: store.read("u/large", 0, len(LARGE), deadline=60))
+        took, result = timed(lambda: reading(store, 60))
         assert result == LARGE
         assert took > 1
 
@@ -168,11 +186,14 @@ class TestNothingIsWrong:
         _, result = timed(lambda: store.read("u/large", 0, length, deadline=DEADLINE_S))
         assert isinstance(result, StoreError) or result == LARGE
 
-    def test_a_read_cut_once_is_read_again(self, proxy: FaultProxy, store: Store) -> None:
+    @READS
+    def test_a_read_cut_once_is_read_again(
+        self, proxy: FaultProxy, store: Store, reading: Callable[[Store, float], bytes]
+    ) -> None:
         proxy.cut_after = MIB
         proxy.set("cut")
         threading.Timer(0.15, lambda: proxy.set("pass")).start()
-        assert store.read("u/large", 0, len(LARGE), deadline=10) == LARGE
+        assert reading(store, 10) == LARGE
 
     @pytest.mark.parametrize("mode", ["refuse", "silent", "busy", "cut"])
     def test_an_upload_broken_in_the_middle_leaves_nothing_visible(

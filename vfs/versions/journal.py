@@ -5,6 +5,7 @@ A part of `vfs/journal.py`, which owns the schema and the connection. Each metho
 
 import json
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -72,17 +73,17 @@ class Transaction:
     numbers: Mapping[str, int]
 
 
-class VersionRows:
+class VersionRows(ABC):
     """The methods; `Journal` gives the connection."""
 
-    def transaction(self) -> AbstractContextManager[apsw.Connection]:
-        raise NotImplementedError
+    @abstractmethod
+    def transaction(self) -> AbstractContextManager[apsw.Connection]: ...
 
-    def _all(self, sql: str, bindings: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        raise NotImplementedError
+    @abstractmethod
+    def _all(self, sql: str, bindings: Sequence[Any] = ()) -> list[tuple[Any, ...]]: ...
 
-    def _run(self, sql: str, bindings: Sequence[Any] = ()) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _run(self, sql: str, bindings: Sequence[Any] = ()) -> None: ...
 
     # --- versions ----------------------------------------------------------------------------------------------
 
