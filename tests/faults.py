@@ -109,6 +109,7 @@ class FaultProxy:
             client.close()
             return
         server.settimeout(None)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PIECE)  # what waits in here was not taken by the client
         with self._lock:
             self._open |= {client, server}
         self._start(self._forward, client, server, False)

@@ -209,7 +209,7 @@ class FtpStore(BaseStore):
         if length == 0:
             return b""
         try:
-            with session.transfer(f"RETR {self._place(key)}", start) as data:
+            with session.transfer(f"RETR {self._place(key)}", start, length) as data:
                 received = data.receive(length)
         except ftplib.error_perm:  # so do some answer when it starts beyond the end
             if start < self._stat(session, key).size:

@@ -29,6 +29,7 @@ FIRST_PAUSE_S = 0.1  # then three times as long each
 KEPT = 8  # idle connections; servers often allow no more than ten from one address
 IDLE_S = 60.0  # servers and firewalls forget a quiet connection after some minutes
 PIECE = 1 << 20  # bytes taken from a connection at a time
+WINDOW = 1 << 16  # bytes on the way at most when little is wanted
 ERRORS = (ftplib.Error, OSError, EOFError, ValueError)
 _FULL = re.compile(r"^(452|552)|quota|no space", re.I)
 _DENIED = re.compile(r"^(53[0-2])|permission|denied|not allowed", re.I)
@@ -110,10 +111,12 @@ class Session:
         self.ftp.close()
 
     @contextlib.contextmanager
-    def transfer(self, command: str, start: int | None = None) -> Iterator["Data"]:
+    def transfer(self, command: str, start: int | None = None, length: int | None = None) -> Iterator["Data"]:
         """The data connection of a command. Ends with the server's word that all went well, which is not asked for
         where a download was left early."""
         connection = self.ftp.transfercmd(command, start or None)
+        if length is not None and length < PIECE:  # FTP has no end of a range: the server sends as much as the
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, WINDOW)  # window takes until we hang up
         self.busy = True
         self._data = connection
         data = Data(connection, self.limits)
