@@ -66,11 +66,11 @@ class Mount:
         transfers = Transfers(core, self.files, self.session.hydrator, self.session.pusher)
         self.session.waiting = transfers.waiting
         kind = OperationsWithAttributes if self.session.settings.xattr else Operations
-        passthrough = self._passthrough()
-        operations = kind(self.files, transfers, passthrough)
         token = trio.lowlevel.current_trio_token()
         core.commit = partial(_on_loop, token)
         self.upkeep = Upkeep(self.session, self.files)
+        passthrough = self._passthrough()
+        operations = kind(self.files, transfers, passthrough)
         before = fuse_descriptors()
         self._mount(operations)
         try:
@@ -91,7 +91,8 @@ class Mount:
     def _passthrough(self) -> Passthrough:
         settings = self.session.settings
         places = [os.fsencode(settings.cache_place), os.fsencode(settings.project_dir)]
-        return Passthrough(self.files, wanted=settings.passthrough == "auto", places=places)
+        wanted = settings.passthrough == "auto"
+        return Passthrough(self.files, wanted=wanted, places=places, hush=self.upkeep.hush)
 
     def _mount(self, operations: Operations) -> None:
         settings = self.session.settings

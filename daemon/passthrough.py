@@ -33,6 +33,7 @@ import trio
 from vfs import linux
 from vfs.errors import MountpointError
 from vfs.filesystem import FileSystem, Handle
+from vfs.units import Unit
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ _BACKING_CLOSE = 0x4004E502
 _STACKED = frozenset({0x794C7630, 0xF15F, 0x65735546})  # overlay, ecryptfs, FUSE: themselves on top of another one
 _START_S = 10.0  # the kernel asks INIT at once; a machine may be slow
 _PROBE_S = 2.0
+_LARGE = 1 << 20  # bytes; a file that is written for some time
 
 
 class _Answer(pyfuse3.FileInfo):
@@ -78,20 +80,30 @@ class _Answer(pyfuse3.FileInfo):
 @dataclass(slots=True, eq=False)
 class _Inode:
     """How an inode is open now: passed through to `backing` (an id of the kernel's) or plainly (None), `opens` times.
-    `key` is the file behind it."""
+    `key` is the file behind it; `unhush` ends what keeps its writes from being told as another's."""
 
     number: int
     key: tuple[int, int]
     backing: int | None
     opens: int = 0
+    unhush: Callable[[], None] | None = None
 
 
 class Passthrough:
     """One mount's connection to the kernel. `state` is "on", or says why not."""
 
-    def __init__(self, files: FileSystem, *, wanted: bool, places: list[bytes]) -> None:
-        """`places`: directories whose files may be passed through."""
+    def __init__(
+        self,
+        files: FileSystem,
+        *,
+        wanted: bool,
+        places: list[bytes],
+        hush: Callable[[Unit, bytes], Callable[[], None]],
+    ) -> None:
+        """`places`: directories whose files may be passed through. `hush`: hear of no writes in a directory of a unit,
+        until what it gives is called."""
         self._files = files
+        self._hush = hush
         self._wanted = wanted
         self._depth = 1 + any(map(_is_stacked, places))
         self._place = places[0]
@@ -250,6 +262,7 @@ class Passthrough:
         if inode.backing is None:
             return pyfuse3.FileInfo(fh=fh, keep_cache=keep_cache)
         handle.passed = True
+        self._hush_own(inode, handle)
         backing, flags = inode.backing, _OPEN_PASSTHROUGH | (0 if may else _OPEN_DIRECT)
         answer = _Answer(fh, lambda: self._send_caught(backing, flags))
         self._divert()
@@ -261,6 +274,13 @@ class Passthrough:
         except OSError as error:
             log.debug("not passed through: %s", error)
             return False
+
+    def _hush_own(self, inode: _Inode, handle: Handle) -> None:
+        """Nobody needs to be told of the writes to a large file that is written past us: its unit is dirty, and what
+        the kernel keeps of it is right. Being told slows the writer."""
+        if inode.unhush is None and handle.writable and not handle.node.unit.evicted and handle.stamp[0] >= _LARGE:
+            with suppress(FileNotFoundError):  # it has no name any more: there is nothing to tell
+                inode.unhush = self._hush(handle.node.unit, handle.node.path.rpartition(b"/")[0])
 
     def _first(self, handle: Handle, backing: int | None) -> _Inode:
         inode = self._inodes[handle.node.ino] = _Inode(handle.node.ino, _key(handle.fd), backing)
@@ -274,6 +294,8 @@ class Passthrough:
         inode.opens -= 1
         if inode.opens == 0:
             del self._inodes[inode.number]
+            if inode.unhush is not None:
+                inode.unhush()
             if inode.backing is not None:
                 self._close_backing(inode.backing)
 

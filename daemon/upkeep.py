@@ -81,6 +81,11 @@ class Upkeep:
         self._watcher.close()
         self._save_use()
 
+    def hush(self, unit: Unit, directory: bytes) -> Callable[[], None]:
+        """Hear of no writes in a directory of a unit until what this gives is called: they are our own."""
+        self._watcher.hush(unit.uuid, directory)
+        return lambda: self._watcher.unhush(unit.uuid, directory)
+
     # --- what moved or changed: tell the kernel ----------------------------------------------------------------
 
     def _moved(self, unit: Unit) -> None:

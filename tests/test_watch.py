@@ -340,3 +340,41 @@ def test_an_idle_watcher_sleeps(make: MakeWatcher, tmp_path: Path) -> None:
 
 def test_the_limit_leaves_watches_to_others() -> None:
     assert 1 <= default_limit() <= int(Path("/proc/sys/fs/inotify/max_user_watches").read_text()) / 2
+
+
+def test_a_hushed_directory_tells_no_writes_but_closes_and_what_may_have_been_missed(
+    make: MakeWatcher, tmp_path: Path
+) -> None:
+    watcher, told = make()
+    root = tmp_path / "a"
+    (root / "d").mkdir(parents=True)
+    with open(root / "d" / "log", "wb", buffering=0) as log, open(root / "top", "wb", buffering=0) as top:
+        assert watcher.watch("A", directory(root))
+        watcher.hush("A", b"d")
+        watcher.hush("A", b"d")
+        watcher.unhush("A", b"d")
+        log.write(b"1")
+        top.write(b"1")
+        told.wait(("A", b"top", Kind.CHANGED))  # beside it, writes are told
+        (root / "d" / "new").write_text("2")
+        told.wait(("A", b"d/new", Kind.CREATED))
+        assert b"d/log" not in told.paths()
+        watcher.unhush("A", b"d")
+        told.wait(("A", b"d", Kind.ANYTHING))
+        log.write(b"2")
+        told.wait(("A", b"d/log", Kind.CHANGED))
+        watcher.hush("A", b"d")
+    told.wait(("A", b"d/log", Kind.CHANGED))  # closed
+
+
+def test_a_directory_may_be_hushed_before_it_is_watched(make: MakeWatcher, tmp_path: Path) -> None:
+    watcher, told = make()
+    watcher.hush("A", b"")
+    with open(tmp_path / "log", "wb", buffering=0) as log:
+        assert watcher.watch("A", directory(tmp_path))
+        log.write(b"1")
+        (tmp_path / "new").write_text("2")
+        told.wait(("A", b"new", Kind.CREATED))
+        assert told.paths() == {b"new"}
+        watcher.unhush("A", b"")
+        told.wait(("A", b"", Kind.ANYTHING))

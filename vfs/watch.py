@@ -3,7 +3,8 @@
 A thread of its own reads inotify(7) and calls back; calls are thread safe. `watch` blocks as listing the directory
 does; nothing here touches a network or holds a file open. What inotify cannot see: writes through a memory map, and
 changes made by another host on a network file system. So a watch shortens the wait for a change; it does not replace
-the scan before a push.
+the scan before a push. Each watched write costs the writer some of its time (a tenth of a write of 4 KiB): for a
+directory in which the daemon itself has a large file written, that is put off with `hush`.
 
 Concurrency: one lock guards the tables. The thread takes it to work on a batch of events, never while it calls back,
 so a callback may call every method here but `close`.
@@ -98,6 +99,7 @@ class Watcher:
         self._lock = threading.RLock()
         self._records: OrderedDict[str, _Watched] = OrderedDict()  # least recently asked for first
         self._owners: dict[int, set[tuple[str, bytes]]] = {}  # descriptor -> whose directory it is
+        self._hushed: dict[tuple[str, bytes], int] = {}  # directories, and how often that was asked for
         self._pending: dict[tuple[str, bytes], Kind] = {}
         self._telling: dict[tuple[str, bytes], Kind] = {}
         self._closed = False
@@ -130,6 +132,22 @@ class Watcher:
             for waiting in (self._pending, self._telling):
                 for key in [each for each in waiting if each[0] == uuid]:
                     del waiting[key]
+
+    def hush(self, uuid: str, path: bytes) -> None:
+        """Tell no writes to files in this directory of a record (its relative path) until `unhush` was called as often;
+        that a writer closed its file is told as before."""
+        with self._lock:
+            self._hushed[uuid, path] = self._hushed.get((uuid, path), 0) + 1
+            if self._hushed[uuid, path] == 1:
+                self._add_again(uuid, path)
+
+    def unhush(self, uuid: str, path: bytes) -> None:
+        """Tell writes again. What may have been missed is told as ANYTHING of the directory."""
+        with self._lock:
+            self._hushed[uuid, path] -= 1
+            if not self._hushed[uuid, path]:
+                del self._hushed[uuid, path]
+                self._add_again(uuid, path)
 
     def watching(self, uuid: str) -> bool:
         """Whether changes of this record are told at this moment. Never waits."""
@@ -293,7 +311,8 @@ class Watcher:
                 continue
             try:
                 # By its descriptor: the name may have become something else since it was opened.
-                descriptor = self._inotify.add_watch(f"/proc/self/fd/{directory}", _MASK)
+                mask = _MASK & ~flags.MODIFY if (uuid, path) in self._hushed else _MASK
+                descriptor = self._inotify.add_watch(f"/proc/self/fd/{directory}", mask)
             except OSError as error:
                 if error.errno != errno.ENOSPC:
                     raise
@@ -302,6 +321,22 @@ class Watcher:
             self._records[uuid].descriptors[path] = descriptor
             self._owners.setdefault(descriptor, set()).add((uuid, path))
             return
+
+    def _add_again(self, uuid: str, path: bytes) -> None:
+        """Set the watch of a directory anew, if it has one: what is told of it changed."""
+        watched = self._records.get(uuid)
+        if self._closed or watched is None or path not in watched.descriptors:
+            return
+        try:
+            with _opened(watched.directory, path) as directory:
+                if directory is not None:
+                    self._add(uuid, path, directory)
+        except OSError as error:
+            log.info("%s is not watched any more: %s", uuid, error)
+            self._forget(uuid)
+        if (uuid, path) not in self._hushed:
+            self._note(uuid, path, Kind.ANYTHING)
+            os.eventfd_write(self._wake, 1)
 
     def _let_go(self, asking: str) -> None:
         oldest = next((uuid for uuid in self._records if uuid != asking), None)

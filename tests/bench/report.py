@@ -20,10 +20,11 @@ Growth = dict[tuple[str, str], list[tuple[int, float]]]
 def table(samples: Samples, rounds: int) -> str:
     """A Markdown table: medians of every system, and the ratio that counts beside what it is to reach."""
     systems = samples.systems()
-    lines = ["| work | unit | " + " | ".join(systems) + " | ratio | reach |", "|---" * (len(systems) + 4) + "|"]
+    lines = ["| work | unit | " + " | ".join(systems) + " | reached | asked |", "|---" * (len(systems) + 4) + "|"]
     for work in samples.works.values():
         cells = [_number(samples.median(work.name, system)) for system in systems]
-        lines.append(f"| {work.name} | {work.unit} | {' | '.join(cells)} | {_ratio(samples, work)} | {_reach(work)} |")
+        reached, asked = zip(*_targets(samples, work), strict=True) if work.reaches() or work.most else ((), ())
+        lines.append(f"| {work.name} | {work.unit} | {' | '.join(cells)} | {'; '.join(reached)} | {'; '.join(asked)} |")
     lines += ["", f"Medians of {rounds} rounds; ratios are medians of the ratios within a round. {conditions()}"]
     return "\n".join(lines)
 
@@ -34,13 +35,19 @@ def _number(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _ratio(samples: Samples, work: Work) -> str:
-    found = samples.ratio(work.name, work.who, work.against)
-    return "" if found is None or work.who == work.against else f"{found:.2f} of {work.against}"
-
-
-def _reach(work: Work) -> str:
-    return "" if work.reach is None else f"{work.reach:.2f}"
+def _targets(samples: Samples, work: Work) -> list[tuple[str, str]]:
+    """What was reached, and what was asked for, for each target of a work. A target that was missed is bold."""
+    found = []
+    for against, asked in work.reaches():
+        ratio = samples.ratio(work.name, work.who, against)
+        if ratio is not None:
+            text = f"{ratio:.2f} of {against}"
+            found.append((f"**{text}**" if ratio < (asked or 0) else text, "" if asked is None else f"{asked:.2f}"))
+    value = samples.median(work.name, work.who)
+    if work.most is not None and value is not None:
+        text = _number(value)
+        found.append((f"**{text}**" if value > work.most else text, f"at most {work.most:g} {work.unit}"))
+    return found or [("", "")]
 
 
 def conditions() -> str:
@@ -58,14 +65,14 @@ def conditions() -> str:
 def keep(path: Path, samples: Samples, **about: Any) -> None:
     """Add the run as one line of JSON, so that a slow-down is seen."""
     values = {f"{work} | {system}": found for (work, system), found in samples.values.items()}
-    ratios = {
-        work.name: samples.ratio(work.name, work.who, work.against)
-        for work in samples.works.values()
-        if work.who != work.against
-    }
+    ratios = {work.name: samples.ratio(work.name, work.who, work.against) for work in _compared(samples)}
     line = {"at": datetime.datetime.now(datetime.UTC).isoformat(), "conditions": conditions(), **about}
     with path.open("a") as file:
         file.write(json.dumps({**line, "values": values, "ratios": ratios}) + "\n")
+
+
+def _compared(samples: Samples) -> list[Work]:
+    return [work for work in samples.works.values() if work.against != work.who]
 
 
 def slower(path: Path, samples: Samples) -> list[str]:
@@ -78,7 +85,7 @@ def slower(path: Path, samples: Samples) -> list[str]:
             if ratio is not None:
                 kept.setdefault(work, []).append(ratio)
     found = []
-    for work in samples.works.values():
+    for work in _compared(samples):
         now, before = samples.ratio(work.name, work.who, work.against), sorted(kept.get(work.name, []))
         if now is not None and before and now < 0.8 * before[len(before) // 2]:
             found.append(f"{work.name}: {now:.2f} of {work.against}, was {before[len(before) // 2]:.2f}")
@@ -95,7 +102,7 @@ def plot(path: Path, samples: Samples, growth: Growth) -> bool:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(15, 7), gridspec_kw={"width_ratios": [3, 2]})
-    works = [work for work in samples.works.values() if work.against in ("native", "opendal", "juicefs", "rclone")]
+    works = _compared(samples)
     systems = [system for system in samples.systems() if system not in ("native", "opendal")]
     height = 0.8 / max(len(systems), 1)
     for number, system in enumerate(systems):

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One row of the table. `unit`: what a sample's value is; `better`: which way; `reach`: what runfs is to reach, a
-    ratio to `against` (the larger is the better one, for times too: their time divided by ours)."""
+    """One row of the table. `unit`: what a sample's value is; `better`: which way; `reach`: what runfs (`who`) is to
+    reach, a ratio to `against` (the larger is the better one, for times too: their time divided by ours); `also`: the
+    same for other systems; `most`: a value that is not to be passed, in the unit."""
 
     name: str
     unit: str
@@ -21,6 +22,13 @@ class Work:
     against: str
     reach: float | None = None
     who: str = "runfs"
+    also: tuple[tuple[str, float], ...] = ()
+    most: float | None = None
+
+    def reaches(self) -> list[tuple[str, float | None]]:
+        """Whom it is compared with, and the ratio that is to be reached."""
+        own = [] if self.against == self.who else [(self.against, self.reach)]
+        return [*own, *self.also]
 
 
 @dataclass(slots=True)

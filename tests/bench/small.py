@@ -19,11 +19,18 @@ if TYPE_CHECKING:
 SIZE = 2048  # bytes
 GROUPS = 200
 
-READ = Work("cold: small files of 2 kB, tar c | wc -c", "files/s", "more", "opendal", 0.4)
+READ = Work(
+    "cold: small files of 2 kB, tar c | wc -c",
+    "files/s",
+    "more",
+    "opendal",
+    0.4,
+    also=(("rclone", 3.0), ("juicefs", 3.0)),
+)
 UNPACK = Work("tar x of small files, each close durable", "files/s", "more", "juicefs", 1 / 3)
 CLONE = Work("git clone", "s", "less", "juicefs", 1 / 3)
 SYNCS = Work("syncs of files and directories in tar x", "syncs a file", "less", "runfs")
-EVICT = Work("evict small files, proof in the journal", "files/s", "more", "native")
+EVICT = Work("evict small files, proof in the journal", "files/s", "more", "native", 0.5)
 
 
 def groups(count: int) -> list[str]:
