@@ -11,6 +11,7 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from vfs import linux
 from vfs.core import Core
@@ -32,6 +33,8 @@ RESIDENT = 0.0
 # But for names at the root and a resident record's own directory: `ls -l` of the root would ask three times for each of
 # 100,000 records. What the index or another program changed there may be seen for this long.
 AT_ROOT = 1.0
+# And for a file that is open and not passed through: the kernel asks before each read, five times the cost of the read.
+OPENED = 0.05
 
 HEADERS = (b"id.json", b".machinable")  # what a record is: written at most as it is already
 
@@ -72,7 +75,11 @@ class Access:
         return self._describe(self.tree.child(parent, name, status), status)
 
     def getattr(self, ino: int) -> Attributes:
-        return self.attributes_of(self.tree.get(ino))
+        node = self.tree.get(ino)
+        found = self.attributes_of(node)
+        if found.attr_timeout < OPENED and isinstance(node, FileNode) and any(not each.passed for each in node.handles):
+            return replace(found, attr_timeout=OPENED)
+        return found
 
     def attributes_of(self, node: Node) -> Attributes:
         if isinstance(node, PastDirectory | PastFile):
