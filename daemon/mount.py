@@ -81,6 +81,7 @@ class Mount:
             ) as path:
                 await self._serve(path, ready)
         finally:
+            self.files.close()
             self.upkeep.close()
             passthrough.close()
             with suppress(Exception):
@@ -114,6 +115,7 @@ class Mount:
             nursery.start_soon(self._watchdog)
             nursery.start_soon(self._widen)
             self.upkeep.start(nursery)
+            self.files.roots.start()
             await trio.to_thread.run_sync(self._try_stores)
             ready(report.overview(self.session))
             await self._over.wait()

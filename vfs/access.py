@@ -18,8 +18,8 @@ from vfs.core import Core
 from vfs.errors import DamagedRecord, RunfsError
 from vfs.format import Status, read_header, run_status
 from vfs.fstypes import Attributes, Caller, Handle
-from vfs.index import Record
-from vfs.tree import FileNode, Link, Node, Tree, View
+from vfs.roots import Roots
+from vfs.tree import FileNode, Inode, Link, Node, Tree, View
 from vfs.units import Unit
 from vfs.versions.past import VERSIONS, Past, PastDirectory, PastFile
 
@@ -45,24 +45,44 @@ class Access:
     def __init__(self, core: Core) -> None:
         self._core = core
         self.tree = Tree(core.index, core.units)
+        self._owner = (os.getuid(), os.getgid())
+        self.roots = Roots(core, self.tree.deep_target, by=self._owner)
+        self.tree.names = self.roots
+        core.units.moved.append(lambda unit: self.roots.touch(unit.uuid))
         self.past = Past(core, self.tree)
         self.tree.incoming = {os.fsencode(name): path for name, path in core.journal.incoming().items()}
         self._unsynced: dict[str, set[bytes]] = {}  # directories of a unit with names that are not synced yet
         self._started_ns = time.time_ns()
-        self._owner = (os.getuid(), os.getgid())
 
     # --- attributes --------------------------------------------------------------------------------------------
 
     def lookup(self, parent: int, name: bytes) -> Attributes:
         """Find a name in a directory; the kernel knows the node from here on."""
+        if parent == self.tree.root.ino and (told := self._told_again(name)) is not None:
+            return told
         attributes = self._find(self.tree.get(parent), name)
         self.tree.nodes[attributes.ino].lookups += 1
         return attributes
 
-    def _find(self, parent: Node, name: bytes, listed: Record | None = None) -> Attributes:
-        """`listed`: what the index has just said of a name at the root."""
+    def _told_again(self, name: bytes) -> Attributes | None:
+        """A name at the root that a listing told of and nobody used yet: it need not become a node for being asked
+        about again. A walk of a million records that asks about each would fill the memory."""
+        if name in self.tree.root.children:
+            return None
+        row = self.roots.row(name)
+        if row is None or row.ino not in self.tree.told or row.ino in self.tree.nodes:
+            return None
+        before, row = row, self.roots.now(row)
+        if row is None:
+            return None
+        self.tree.told[row.ino] += 1
+        if row.mtime_ns != before.mtime_ns:
+            self.roots.touch(os.fsdecode(name))  # a listing must not say something older
+        return Attributes(Inode(row.ino), *row[3:8], row.blocks, 0, *row[9:], AT_ROOT, AT_ROOT)
+
+    def _find(self, parent: Node, name: bytes) -> Attributes:
         if parent is self.tree.root:
-            node = self.past.top() if name == VERSIONS else self.tree.at_root(name, listed)
+            node = self.past.top() if name == VERSIONS else self.tree.at_root(name)
             return self.attributes_of(node)
         if isinstance(parent, PastDirectory | PastFile):
             return self.past.attributes(self.past.find(parent, name))
@@ -104,7 +124,9 @@ class Access:
             with self._directory(node.parent) as fd:
                 return os.stat(node.name, dir_fd=fd, follow_symlinks=False)
         with self._told():
-            return node.unit.status()
+            status = node.unit.status()
+        self.roots.saw(node.unit.uuid, status.st_mtime_ns)
+        return status
 
     def _open_base(self, unit: Unit) -> int:
         with self._told():
@@ -187,6 +209,8 @@ class Access:
             os.close(base)
 
     def readlink(self, ino: int) -> bytes:
+        if ino not in self.tree.nodes and (target := self._told_target(ino)) is not None:
+            return target
         node = self.tree.get(ino)
         if isinstance(node, Link):
             return node.target
@@ -196,6 +220,10 @@ class Access:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         with self._directory(node.parent) as fd:
             return os.fsencode(os.readlink(node.name, dir_fd=fd))
+
+    def _told_target(self, ino: int) -> bytes | None:
+        name = self.roots.name_of(ino) if ino in self.tree.told else None
+        return self.tree.deep_target(os.fsdecode(name)) if name is not None else None
 
     def statfs(self) -> os.statvfs_result:
         return os.statvfs(self._core.settings.cache_place)
@@ -210,6 +238,8 @@ class Access:
         if self._core.settings.read_only or isinstance(node, PastFile):
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         self._core.units.mark_dirty(node.unit, "changed through the mount")
+        if node.parent is self.tree.root:
+            self.roots.touch(node.unit.uuid)
 
     def _named(self, parent: FileNode) -> None:
         """A name is about to be made or removed in a directory."""

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, field
 
 from vfs.cache import Partial
-from vfs.index import Record
+from vfs.roots import Page
 from vfs.tree import FileNode, Inode, Node
 
 
@@ -96,10 +96,10 @@ class Handle:
 
 @dataclass(slots=True, eq=False)
 class Listing:
-    """An open directory: names as they were when it was read, or pages of the root."""
+    """An open directory: names as they were when it was read, in a view with the time of the record (ns); of the root
+    those that are incoming, and where its pages begin."""
 
     node: Node
-    names: list[bytes] | None = None
+    names: list[tuple[bytes, int | None]] | None = None
     pages: list[str] = field(default_factory=lambda: [""])
-    page_number: int = -1
-    page: list[Record] = field(default_factory=list)
+    held: dict[int, Page] = field(default_factory=dict)  # the last two: an entry may be asked for again

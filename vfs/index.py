@@ -21,10 +21,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from vfs import index_rows, index_search
+from vfs import index_listing, index_rows, index_search
 from vfs.errors import DamagedRecord, Refused, UsageError
 from vfs.format import Location, Status, run_status
-from vfs.index_database import BUSY_TIMEOUT_S, Database, Identity, Value, identity
+from vfs.index_database import BUSY_TIMEOUT_S, Database, Identity, Row, Value, identity
+from vfs.index_listing import CONTAINERS
 from vfs.index_record import Record, raw, select, text, to_records
 from vfs.index_search import LISTED, Filter, Find, Sort, Where
 from vfs.ingest import Entry, read_entry, walk
@@ -35,7 +36,6 @@ _log = logging.getLogger(__name__)
 
 # Rows a write transaction takes at most: about 20 ms, so that other processes' writers hardly notice.
 _BATCH = 500
-CONTAINERS = ("Project", "Storage")  # rows that hold records beside each other, not nested ones
 _DEEPEST = 1000  # ancestors; beyond it is a loop that somebody wrote by hand
 
 
@@ -117,6 +117,14 @@ class Index:
         """The root listing after a uuid: not hidden, no Project, in uuid order. Fewer than `limit` is the end."""
         return self._fill(self._quick, Where(), after, limit)
 
+    def listed(self, after: str, upto: str | None, limit: int) -> list[Row]:
+        """The same for `index_listing.to_listed`, up to a uuid (None: to the end): equal rows, equal listing."""
+        return index_listing.listed(self._quick, after, upto, limit)
+
+    def listed_one(self, uuid: str) -> bytes | None:
+        """Where one of them lies; see `Record.directory`."""
+        return index_listing.directory_of(self._quick, uuid)
+
     def count(self) -> int:
         """How many records the root listing has (rows whose uuid is no file name included). Scans."""
         return _count(self._slow.one(f'SELECT count(*) FROM "index" WHERE {LISTED}'))
@@ -187,10 +195,12 @@ class Index:
         created_before_ns: int | None = None,
         after: str = "",
         limit: int = 1000,
+        uuid: str | None = None,
         status_of: Callable[[Record], str | None] | None = None,
     ) -> list[Record]:
         """Records of the root listing that match everything given, in uuid order, after a uuid. Scans.
 
+        With `uuid` only that record is asked about: no scan.
         `config` has (dotted path, operator, value); operators are `index_search.OPERATORS`. Times are nanoseconds
         since 1970, from `created_after_ns` (included) to `created_before_ns` (not included). `status` is one of
         `Status`; as the index does not know it, each candidate is asked through `status_of` (default: its markers
@@ -204,10 +214,14 @@ class Index:
             where.add("created_at_ns >= ?", created_after_ns)
         if created_before_ns is not None:
             where.add("created_at_ns < ?", created_before_ns)
-        if status is None:
-            return self._fill(self._slow, where, after, limit)
-        wanted, ask = _status(status), status_of or self.status_here
-        return self._fill(self._slow, where, after, limit, lambda record: ask(record) == wanted)
+        keep: Callable[[Record], bool] | None = None
+        if status is not None:
+            wanted, ask = _status(status), status_of or self.status_here
+            keep = lambda record: ask(record) == wanted  # noqa: E731
+        if uuid is None:
+            return self._fill(self._slow, where, after, limit, keep)
+        tail = f"WHERE i.record_id = CAST(? AS TEXT) AND {LISTED} AND {where}"
+        return list(filter(keep, to_records(select(self._quick, tail, [raw(uuid), *where.values]))))
 
     def status_here(self, record: Record) -> Status | None:
         """A record's status by the markers in its directory on this disk; None where they are not to be had here.

@@ -391,6 +391,14 @@ class Journal(VersionRows):
         """Every unit that is not simply resident."""
         return [row[0] for row in self._all("SELECT uuid FROM units")]
 
+    def units_between(self, first: str, last: str) -> list[UnitRow]:
+        """Units that are not simply resident, from one uuid to another one; without their index rows."""
+        found = self._all(
+            "SELECT uuid, state, directory, aside, '', bytes, at_ns FROM units WHERE uuid BETWEEN ? AND ?",
+            (first, last),
+        )
+        return [UnitRow(*row) for row in found]
+
     def evicted_size(self) -> tuple[int, int]:
         """Evicted units and their bytes."""
         rows = self._all("SELECT count(*), coalesce(sum(bytes), 0) FROM units WHERE state != 'evicting'")

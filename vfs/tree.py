@@ -6,23 +6,20 @@ index (SQLite) and the local disk, never a store.
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NewType, Protocol
-from urllib.parse import unquote_to_bytes
 
 from blake3 import blake3
 
-from vfs.errors import DamagedRecord, IndexUnavailable, UnknownRecord, UsageError
+from vfs.errors import DamagedRecord, IndexUnavailable, UnknownRecord
 from vfs.index import Index, Record
-from vfs.index_search import date_bounds
 from vfs.units import Unit, Units
+from vfs.views import Views, decode_value, encode_value, is_directory
 
 Inode = NewType("Inode", int)
 ROOT = Inode(1)
 BY = b".by"
-VIEWS = ("label", "module", "kind", "status", "created_by", "date", "config")
-_PAGE = 1000
 
 
 @dataclass(slots=True, eq=False)
@@ -34,7 +31,7 @@ class Node:
     name: bytes
     lookups: int = 0
     children: dict[bytes, "Node"] = field(default_factory=dict)
-    checked: int = 0  # of a name in a view: the tree's `generation` when the index said so
+    checked: int = 0  # of a name at the root or in a view: the tree's `generation` when the index said so
 
 
 @dataclass(slots=True, eq=False)
@@ -50,6 +47,15 @@ class View(Node):
     """A directory of `.by`; `place` are the decoded names below it."""
 
     place: tuple[str, ...] = ()
+    found: dict[bytes, int | None] = field(default_factory=dict)  # what `Tree.ask` was told, for the lookup after it
+
+
+class Names(Protocol):
+    """What the tree knows of a listing's entries that are no nodes yet."""
+
+    def name_of(self, ino: int) -> bytes | None: ...
+
+    def forgotten(self, ino: int) -> None: ...
 
 
 class Opened(Protocol):
@@ -102,19 +108,36 @@ class Tree:
     def __init__(self, index: Index, units: Units) -> None:
         self._index = index
         self._units = units
+        self._views = Views(index, units)
         self.root = Node(ROOT, None, b"", lookups=1)
         self.nodes: dict[Inode, Node] = {ROOT: self.root}
         self._linked: dict[tuple[int, int], FileNode] = {}  # files with several names, by (device, inode)
         self.incoming: dict[bytes, bytes] = {}  # name at the root -> real directory
-        self.generation = 0  # grows when the index changed: names in views are asked for anew
+        # Grows when the index changed: names at the root and in views are asked for anew. 0: nobody follows its
+        # changes, so names at the root are asked for each time.
+        self.generation = 0
+        self.told: dict[int, int] = {}  # lookups of entries of the root that a listing told of and nobody used yet
+        self.names: Names | None = None
         self._arrived: dict[bytes, bytes] = {}  # first name of an incoming record -> its uuid
 
     def get(self, ino: int) -> Node:
-        return self.nodes[Inode(ino)]
+        """The node of an inode number that the kernel knows. Raises KeyError; as `at_root` for one that a listing of
+        the root told of."""
+        node = self.nodes.get(Inode(ino))
+        return node if node is not None else self._told(ino)
+
+    def _told(self, ino: int) -> Node:
+        name = self.names.name_of(ino) if self.names is not None and ino in self.told else None
+        if name is None:
+            raise KeyError(ino)
+        node = self.at_root(name)
+        if node.ino != ino:
+            raise KeyError(ino)
+        return node
 
     def number(self, *parts: bytes) -> Inode:
         """An inode number: the same one for the same name after a remount, unless it is taken."""
-        candidate = int.from_bytes(blake3(b"\0".join(parts)).digest()[:8], "little") >> 1
+        candidate = number_of(*parts)
         while candidate <= ROOT or candidate in self.nodes:
             candidate += 1
         return Inode(candidate)
@@ -127,7 +150,10 @@ class Tree:
     def forget(self, ino: int, count: int) -> Node | None:
         """The kernel dropped `count` references; gives the node when that was the last."""
         node = self.nodes.get(Inode(ino))
-        if node is None or node is self.root:
+        if node is None:
+            self._untold(ino, count)
+            return None
+        if node is self.root:
             return None
         node.lookups -= count
         if node.lookups > 0:
@@ -143,27 +169,38 @@ class Tree:
                 del self._linked[node.key]
         return node
 
+    def _untold(self, ino: int, count: int) -> None:
+        left = self.told.get(ino, 0) - count
+        if left > 0:
+            self.told[ino] = left
+        elif self.told.pop(ino, None) is not None and self.names is not None:
+            self.names.forgotten(ino)
+
     # --- the root ----------------------------------------------------------------------------------------------
 
-    def at_root(self, name: bytes, listed: Record | None = None) -> Node:
-        """The node of a name at the root, made if need be; `listed`: what the index has just said of it. Raises
-        FileNotFoundError, DamagedRecord."""
+    def at_root(self, name: bytes) -> Node:
+        """The node of a name at the root, made if need be. Raises FileNotFoundError, DamagedRecord."""
         present = self.root.children.get(name)
-        if present is not None and self.still(present, name, listed):
+        if present is not None and self.generation and present.checked == self.generation:
+            return present
+        if present is not None and self.still(present, name):
+            present.checked = self.generation
             return present
         if present is not None:
             self.detach(self.root, name)
-        node = self._make_at_root(name, listed)
+        node = self._make_at_root(name)
+        node.checked = self.generation
         self.add(node)
+        node.lookups += self.told.pop(node.ino, 0)
         return node
 
-    def still(self, node: Node, name: bytes, listed: Record | None = None) -> bool:
+    def still(self, node: Node, name: bytes) -> bool:
         """Whether the index still says of this name what it said when the node was made."""
         if isinstance(node, View) or name in self.incoming:
             return True
         if name in self._arrived:
             return isinstance(node, Link) and node.target == self._arrived[name]
-        record = listed or self._record(name)
+        record = self._record(name)
         if record is None:
             return isinstance(node, FileNode) and node.unit.evicted
         target = self._nested_target(record)
@@ -186,10 +223,10 @@ class Tree:
         uuid = name.decode("ascii", "replace")
         return self._units.get(uuid) if self._units.is_evicted(uuid) else None
 
-    def _make_at_root(self, name: bytes, listed: Record | None) -> Node:
+    def _make_at_root(self, name: bytes) -> Node:
         if name == BY:
             return View(self.number(BY), self.root, BY)
-        record = listed or self._record(name)
+        record = self._record(name)
         if record is None:
             if name in self.incoming:
                 unit = self._units.adopt(name.decode(), self.incoming[name], incoming=True)
@@ -226,8 +263,10 @@ class Tree:
         except DamagedRecord:
             return None  # it lies elsewhere: a place of its own
 
-    def list_root(self, after: str, limit: int = _PAGE) -> list[Record]:
-        return self._index.page(after, limit)
+    def deep_target(self, uuid: str) -> bytes | None:
+        """Target of the link of a nested record, however deep; None: it has a place of its own. Any thread."""
+        record = self._index.get(uuid)
+        return None if record is None else self._nested_target(record)
 
     # --- files -------------------------------------------------------------------------------------------------
 
@@ -342,93 +381,49 @@ class Tree:
         node.checked = self.generation
         return node
 
+    def ask(self, view: View, name: bytes) -> Callable[[], None] | None:
+        """What asks the index about a name in a view, for `in_view`; it may scan. None: no need."""
+        present = view.children.get(name)
+        if present is not None and present.checked == self.generation:
+            return None
+
+        def ask() -> None:
+            view.found[name] = self._views.changed(view.place, decode_value(name))
+
+        return ask
+
     def _make_in_view(self, view: View, name: bytes, present: Node | None) -> Node:
         """The node of a name, if the index has it: the one that is `present`, or a new one."""
-        place = (*view.place, decode_value(name))
-        if self._is_directory(place):
-            if not self._exists(place):
-                raise FileNotFoundError(2, "no such value", name)
-            node: Node = present or View(self._view_number(place), view, name, place=place)
-        else:
-            record = self._index.get(place[-1])
-            if record is None or not self._in(view.place, record.uuid):
-                raise FileNotFoundError(2, "no such record in this view", name)
-            target = b"../" * len(place) + name
-            number, changed_ns = self._view_number(place), record.updated_at_ns
-            node = present or Link(number, view, name, target=target, mtime_ns=changed_ns)
-        if present is None:
-            self.add(node)
+        changed_ns = view.found.pop(name) if name in view.found else self._views.changed(view.place, decode_value(name))
+        if changed_ns is None:
+            raise FileNotFoundError(2, "the index has no such value or record", name)
+        if present is not None:
+            return present
+        node = self._new_in_view(view, name, changed_ns)
+        self.add(node)
         return node
 
-    def _view_number(self, place: tuple[str, ...]) -> Inode:
-        return self.number(BY, *(encode_value(part) for part in place))
+    def listed_in_view(self, view: View, name: bytes, changed_ns: int) -> Node:
+        """The node of a name that the index has just listed."""
+        node = view.children.get(name)
+        if node is None:
+            node = self._new_in_view(view, name, changed_ns)
+            self.add(node)
+        node.checked = self.generation
+        return node
 
-    def list_view(self, view: View) -> Iterator[bytes]:
-        """The names in a view, in pages from the index."""
-        place = view.place
-        if not place:
-            yield from (name.encode() for name in VIEWS)
-        elif self._is_directory((*place, "")):
-            yield from (encode_value(value) for value in self._values(place) if value)
-        else:
-            after = ""
-            while records := self._records(place, after):
-                yield from (record.uuid.encode() for record in records)
-                after = records[-1].uuid
+    def _new_in_view(self, view: View, name: bytes, changed_ns: int) -> Node:
+        place = (*view.place, decode_value(name))
+        number = self.number(BY, *(encode_value(part) for part in place))
+        if is_directory(place):
+            return View(number, view, name, place=place)
+        return Link(number, view, name, target=b"../" * len(place) + name, mtime_ns=changed_ns)
 
-    @staticmethod
-    def _is_directory(place: tuple[str, ...]) -> bool:
-        return len(place) <= (3 if place[0] == "config" else 2)
-
-    def _exists(self, place: tuple[str, ...]) -> bool:
-        if len(place) == 1:
-            return place[0] in VIEWS
-        if place[0] == "config" and len(place) == 2:
-            return place[1] in self._index.config_paths()
-        return bool(self._records(place, limit=1))
-
-    def _values(self, place: tuple[str, ...]) -> Iterator[str]:
-        if place == ("config",):
-            yield from self._index.config_paths()
-            return
-        after = ""
-        while True:
-            if place[0] == "config":
-                values = self._index.config_values(place[1], after, _PAGE)
-            else:
-                values = self._index.values(place[0], after, _PAGE)
-            yield from values
-            if len(values) < _PAGE:
-                return
-            after = values[-1]
-
-    def _in(self, place: tuple[str, ...], uuid: str) -> bool:
-        before = uuid[:-1] + chr(ord(uuid[-1]) - 1) + "~" * 64  # the last name before it: uuids have no "~"
-        return any(record.uuid == uuid for record in self._records(place, before, 1))
-
-    def _records(self, place: tuple[str, ...], after: str = "", limit: int = _PAGE) -> list[Record]:
-        view, value = place[0], place[-1]
-        if view == "config":
-            return self._index.search(config=[(place[1], "is", value)], after=after, limit=limit)
-        if view == "date":
-            try:
-                first, end = date_bounds(value)
-            except UsageError:
-                return []
-            return self._index.search(created_after_ns=first, created_before_ns=end, after=after, limit=limit)
-        if view == "status" and value not in self._index.values("status"):
-            return []
-        return self._index.search(**{view: value}, after=after, limit=limit, status_of=self._units.status_of)  # type: ignore[arg-type]
+    def list_view(self, view: View) -> Iterator[tuple[bytes, int]]:
+        """The names in a view, with the time of the record in ns. Scans; any thread."""
+        return self._views.names(view.place)
 
 
-def encode_value(value: str) -> bytes:
-    """A value as a file name: `/`, `%`, NUL and line breaks are percent-encoded, and `.` and `..`."""
-    raw = value.encode("utf-8", "surrogateescape")
-    if raw in (b".", b".."):
-        return raw.replace(b".", b"%2E")
-    return b"".join(b"%%%02X" % byte if byte < 32 or byte in b"/%" else bytes((byte,)) for byte in raw)
-
-
-def decode_value(name: bytes) -> str:
-    """The inverse of `encode_value`."""
-    return unquote_to_bytes(name).decode("utf-8", "surrogateescape")
+def number_of(*parts: bytes) -> int:
+    """What a name's inode number is if it is free."""
+    return int.from_bytes(blake3(b"\0".join(parts)).digest()[:8], "little") >> 1

@@ -199,10 +199,7 @@ class Units:
         """Path of a nested record below its root record; DamagedRecord if it does not lie there."""
         if nested is None or nested.directory is None or root.directory is None:
             raise DamagedRecord(f"{root.uuid}: a nested record has no local directory")
-        prefix = root.directory.rstrip(b"/") + b"/"
-        if not nested.directory.startswith(prefix):
-            raise DamagedRecord(f"{nested.uuid} does not lie in the directory of its parent {root.uuid}")
-        return nested.directory[len(prefix) :].rstrip(b"/")
+        return relative_to(root.directory, nested.directory, root.uuid, nested.uuid)
 
     def status_of(self, record: Record) -> str | None:
         """What a record's markers say of its run; None when they cannot be read, or are away, as after a reindex."""
@@ -271,6 +268,14 @@ class Units:
             unit.epoch += 1
         for tell in self.moved:
             tell(unit)
+
+
+def relative_to(root: bytes, nested: bytes, root_uuid: str, uuid: str) -> bytes:
+    """Path of a nested record's directory below its root record's; DamagedRecord if it does not lie there."""
+    prefix = root.rstrip(b"/") + b"/"
+    if not nested.startswith(prefix):
+        raise DamagedRecord(f"{uuid} does not lie in the directory of its parent {root_uuid}")
+    return nested[len(prefix) :].rstrip(b"/")
 
 
 def set_aside_name(unit: Unit) -> bytes:
