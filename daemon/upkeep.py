@@ -18,6 +18,7 @@ from daemon.arrivals import Arrivals
 from vfs import actions, policy, report
 from vfs.errors import RunfsError, in_words
 from vfs.filesystem import FileSystem
+from vfs.index_marks import Marks
 from vfs.scan import differs
 from vfs.session import Session
 from vfs.tree import FileNode, Inode, Link
@@ -36,6 +37,8 @@ _LOOK_EVERY_S = 300.0
 _LOOK_REST = 20  # times as long as the look took: it costs at most a twentieth of a core
 _WATCHED_MOST = 2000  # records; their directories take about 1 KiB of kernel memory each
 _SAVE_USE_S = 60.0
+_RECHECKED_MOST = 5000  # names at the root: 20 us each
+_COMPARE_REST = 10  # times as long as comparing took: a large index is not compared all the time
 # Threads of their own: one that waits for a page may wait for a read, which must find a thread itself.
 _INVALIDATING = trio.CapacityLimiter(16)
 
@@ -61,10 +64,11 @@ class Upkeep:
         self._busy: set[str] = set()
         self._retry: dict[str, tuple[float, float]] = {}
         self._draining = False
-        self._marks: dict[str, int] = {}
+        self._marks = Marks(self._core.index)
         self._rebuilt = False
-        self._compare_wanted = False
-        self._compare_next = 0.0  # a large index is not compared all the time
+        self._marked = trio.Event()
+        self._compare_wanted = trio.Event()
+        files.index_changed()  # they are followed from here on
         self._watcher = Watcher(self._changed_outside, limit=None)
         self._core.units.moved.append(self._moved)
         self._core.content_changed.append(self._moved)
@@ -72,6 +76,7 @@ class Upkeep:
     def start(self, nursery: trio.Nursery) -> None:
         nursery.start_soon(self._push_loop, nursery)
         nursery.start_soon(self._index_loop)
+        nursery.start_soon(self._compare_loop)
         nursery.start_soon(self._look_loop)
         nursery.start_soon(self._space_loop)
         nursery.start_soon(self._use_loop)
@@ -97,6 +102,7 @@ class Upkeep:
         self._token.run_sync_soon(self._noticed, uuid, path)
 
     def _noticed(self, uuid: str, path: bytes) -> None:
+        self._files.roots.touch(uuid)
         unit = next((unit for unit in self._core.units.live() if unit.uuid == uuid), None)
         if unit is None or unit.evicted:
             return
@@ -225,16 +231,15 @@ class Upkeep:
             await trio.sleep(_POLL_S)
             try:
                 change = await trio.to_thread.run_sync(self._core.index.changed)
+                if change is not None:  # first: whoever asks from here on is told what the index says now
+                    self._files.index_changed()
                 self._rebuilt = self._rebuilt or (change is not None and change.rebuilt)
                 if self._rebuilt:  # again until it worked
                     await trio.to_thread.run_sync(self._session.put_rows_back)
                     self._rebuilt = False
                 if change is not None:
+                    self._compare_wanted.set()
                     await self._recheck_names()
-                    self._compare_wanted = True
-                if self._compare_wanted and time.monotonic() >= self._compare_next:
-                    self._compare_wanted = False
-                    await trio.to_thread.run_sync(self._compare_marks)
                 said = ""
             except RunfsError as error:
                 if str(error) != said:  # it may last: a rebuild, a missing file
@@ -242,31 +247,41 @@ class Upkeep:
                     log.warning("the index cannot be read just now: %s", error)
 
     async def _recheck_names(self) -> None:
-        """Names at the root that the kernel knows and the index now says otherwise of."""
-        self._files.tree.generation += 1
-        for count, (name, node) in enumerate(list(self._files.tree.root.children.items())):
+        """Have the kernel forget names at the root that the index now says otherwise of. Of very many it does so by
+        itself soon enough (AT_ROOT), all but those of evicted records."""
+        known = list(self._files.tree.root.children.items())
+        if len(known) > _RECHECKED_MOST:
+            known = [(name, node) for name, node in known if isinstance(node, FileNode) and node.unit.evicted]
+        for count, (name, node) in enumerate(known):
             if isinstance(node, (FileNode, Link)) and not self._files.tree.still(node, name):
                 forget_name(self._files.tree.root.ino, name)
             if count % 500 == 499:
                 await trio.lowlevel.checkpoint()
 
-    def _compare_marks(self) -> None:
+    async def _compare_loop(self) -> None:
         """Find records whose row changed: machinable bumps `updated_at` with each official change."""
-        began = time.monotonic()
-        for uuid, mark in self._all_marks():
-            if self._marks.get(uuid) != mark:
-                self._marks[uuid] = mark
-                self._keep_rows(uuid)
-                self._token.run_sync_soon(self._row_changed, uuid)
-        self._compare_next = time.monotonic() + 20 * (time.monotonic() - began)
+        while not self._marked.is_set():
+            try:
+                await trio.to_thread.run_sync(self._marks.take)
+                self._marked.set()
+            except RunfsError as error:
+                log.debug("the index is looked at again later: %s", error)
+                await trio.sleep(_POLL_S)
+        while True:
+            await self._compare_wanted.wait()
+            self._compare_wanted = trio.Event()
+            began = time.monotonic()
+            try:
+                await trio.to_thread.run_sync(self._compare_marks)
+            except RunfsError as error:
+                log.debug("the index is compared again later: %s", error)
+                self._compare_wanted.set()
+            await trio.sleep(max(_POLL_S, _COMPARE_REST * (time.monotonic() - began)))
 
-    def _all_marks(self) -> list[tuple[str, int]]:
-        found: list[tuple[str, int]] = []
-        after = ""
-        while page := self._core.index.marks(after, 10_000):
-            found += page
-            after = page[-1][0]
-        return found
+    def _compare_marks(self) -> None:
+        for uuid in self._marks.changed():
+            self._keep_rows(uuid)
+            self._token.run_sync_soon(self._row_changed, uuid)
 
     def _keep_rows(self, uuid: str) -> None:
         """Rows of an evicted record are kept as they are now, not at the next push: the index may be rebuilt first."""
@@ -295,7 +310,7 @@ class Upkeep:
     async def _look_loop(self) -> None:
         """What changed while nobody watched, at start and now and then: a save into an old run changes no row, since
         machinable writes `updated_at` through to its index only in a `with Index()` block."""
-        self._marks = dict(await trio.to_thread.run_sync(self._all_marks))
+        await self._marked.wait()
         while True:
             began = time.monotonic()
             await trio.to_thread.run_sync(self._look, abandon_on_cancel=True)
