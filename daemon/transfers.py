@@ -48,12 +48,14 @@ class Transfers:
 
     async def have(self, handle: Handle, offset: int, size: int) -> None:
         """Return when these bytes of an open file are here; start what a sequential reader will want next."""
+        again = False
         while True:
             try:
-                self._files.have(handle, offset, size)
+                self._files.have(handle, offset, size, again=again)
             except Needs as needs:
                 self._hydrator.ahead.touched(handle.node.unit)
                 await self._bring(needs, self._core.settings.deadline_s * _READ_DEADLINES, handle)
+                again = True
                 continue
             break
         if (ahead := self._files.ahead(handle, offset, size)) and handle.partial is not None:

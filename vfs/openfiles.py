@@ -20,7 +20,8 @@ from vfs.versions.past import PastFile
 T = TypeVar("T")
 _OURS = (b"user.runfs.state", b"user.runfs.pinned")
 _WINDOW_MOST = 64  # chunks
-_NEAR = 4 * CHUNK  # bytes a sequential reader may seem to skip
+_GROWTH = 4  # the window's, each time a reader has gone on for a whole one: 1, 4, 16, 64 chunks
+_NEAR = 4 * CHUNK  # bytes a sequential reader may seem to skip or go back: the kernel has several reads under way
 _STABLE_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_SYNC | os.O_DSYNC | os.O_NOATIME
 
 
@@ -187,11 +188,13 @@ class OpenFiles(Passing):
         self.have(handle, offset, size)
         return os.pread(handle.fd, size, offset)
 
-    def have(self, handle: Handle, offset: int, size: int) -> None:
-        """Raise Needs unless these bytes of an open file are here."""
+    def have(self, handle: Handle, offset: int, size: int, *, again: bool = False) -> None:
+        """Raise Needs unless these bytes of an open file are here. `again`: a read that has waited asks a second time;
+        it is no news of where the reader is, who may be far ahead by now."""
         partial = handle.partial
         if partial is not None and not partial.complete:
-            self._follow_reader(handle, offset, size)
+            if not again:
+                self._follow_reader(handle, offset, size)
             missing = partial.missing(offset, size)
             if missing:
                 ahead = self._ahead(handle, partial, missing[-1] + 1)
@@ -199,15 +202,15 @@ class OpenFiles(Passing):
 
     @staticmethod
     def _follow_reader(handle: Handle, offset: int, size: int) -> None:
-        """Double the window each time a reader has gone on for a whole window; a jump closes it.
+        """Widen the window each time a reader has gone on for a whole one; a jump closes it.
 
         The kernel cuts one read into several requests and reorders them a little, so it is chunks that count.
         """
         chunk = offset // CHUNK
-        if -CHUNK <= offset - handle.end <= _NEAR:
+        if -_NEAR <= offset - handle.end <= _NEAR:
             handle.end = max(handle.end, offset + size)
             if chunk - handle.turned >= max(handle.window, 1):
-                handle.window = min(max(handle.window, 1) * 2, _WINDOW_MOST)
+                handle.window = min(max(handle.window, 1) * _GROWTH, _WINDOW_MOST)
                 handle.turned = chunk
         else:
             handle.end, handle.turned, handle.window, handle.asked = offset + size, chunk, 0, 0
@@ -215,7 +218,8 @@ class OpenFiles(Passing):
     @staticmethod
     def _ahead(handle: Handle, partial: Partial, first: int) -> list[int]:
         """What a sequential reader wants from chunk `first` on. A wide window ends where a flight ends, so that it
-        grows by whole flights and not by a chunk with each read."""
+        grows by whole flights and not by a chunk with each read: a server has as much to do for a small range as for
+        a large one."""
         end = first + handle.window
         if handle.window >= 2 * FLIGHT:
             end -= end % FLIGHT
