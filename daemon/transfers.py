@@ -35,6 +35,7 @@ class Transfers:
         self._pusher = pusher
         self._token = trio.lowlevel.current_trio_token()
         self._waiting: dict[int, tuple[Needs, Handle | None]] = {}
+        self._answer = memoryview(bytearray(1 << 20))  # the most that the kernel asks for; new memory costs as much
         self._push_on_close = any(home.on_close == "push" for home in core.homes)
 
     def waiting(self) -> list[dict[str, Any]]:
@@ -126,8 +127,13 @@ class Transfers:
             raise error
 
     async def pread(self, handle: Handle, offset: int, size: int) -> bytes | bytearray | memoryview:
-        """Read local bytes: at once when they are in the page cache, in a worker thread otherwise (that costs more)."""
-        buffer = bytearray(size)
+        """Read local bytes: at once when they are in the page cache, in a worker thread otherwise (that costs more).
+
+        The bytes are good until the next call: who answers a request with them does so before another one is begun.
+        """
+        if size > len(self._answer):
+            self._answer = memoryview(bytearray(size))
+        buffer = self._answer[:size]
         try:
             count = os.preadv(handle.fd, [buffer], offset, os.RWF_NOWAIT)
         except (BlockingIOError, OSError) as error:
@@ -137,7 +143,7 @@ class Transfers:
         if count == size:
             return buffer
         if offset + count >= os.fstat(handle.fd).st_size:
-            return memoryview(buffer)[:count]
+            return buffer[:count]
         return await trio.to_thread.run_sync(os.pread, handle.fd, size, offset)
 
     async def closed(self, handle: Handle) -> None:

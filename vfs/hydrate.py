@@ -8,7 +8,7 @@ at the latest at its store's deadline. Memory: at most one flight's bytes a thre
 import logging
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -20,7 +20,7 @@ from vfs.cache import FLIGHT, Partial
 from vfs.core import Core, Home, plain_key
 from vfs.errors import NoReplica, RunfsError, StoreTimeout, WrongBytes
 from vfs.journal import Replica
-from vfs.manifest import CHUNK, DIGEST, Content
+from vfs.manifest import CHUNK, DIGEST, Content, chunk_count
 from vfs.scan import open_file
 from vfs.units import Unit
 
@@ -39,6 +39,56 @@ class _Calculate(Exception):
     def __init__(self, said: list[str]) -> None:
         super().__init__("; ".join(said))
         self.said = said
+
+
+class _Landing:
+    """Chunks of one flight on their last way: compared with their digests and written while the rest is still coming,
+    so that who waits for the first need not wait for the last, and each is in the processor's cache but once.
+    `landed` gets how many are here now."""
+
+    def __init__(
+        self,
+        partial: Partial,
+        content: Content,
+        offset: int,
+        data: memoryview,
+        where: str,
+        landed: Callable[[int], None],
+    ) -> None:
+        self._partial = partial
+        self._content = content
+        self._offset = offset
+        self._data = data
+        self._where = where
+        self._landed = landed
+        self._done = 0
+        self._error: RunfsError | OSError | None = None
+
+    def arrived(self, count: int) -> None:
+        """So many bytes are in the buffer. Raises nothing: what is wrong with them is no fault of the connection."""
+        if self._error is None:
+            try:
+                self._take(count - count % CHUNK)
+            except (RunfsError, OSError) as error:
+                self._error = error
+
+    def end(self, count: int) -> None:
+        """That was all. Raises WrongBytes, OSError of the cache's disk."""
+        if self._error is not None:
+            raise self._error
+        if count != len(self._data):
+            given = f"{self._where} gave {count} bytes from {self._offset} on, not {len(self._data)}"
+            raise WrongBytes(f"{given}; it is to have {self._content.size}")
+        self._take(count)
+
+    def _take(self, end: int) -> None:
+        if end <= self._done:
+            return
+        offset, piece = self._offset + self._done, self._data[self._done : end]
+        check(piece, self._content, offset, len(piece), self._where)
+        self._partial.fill(offset // CHUNK, piece)
+        self._done = end
+        self._landed(chunk_count(len(piece)))
 
 
 class Hydrator:
@@ -89,7 +139,8 @@ class Hydrator:
         left: list[int],
         said: list[str] | None = None,
     ) -> None:
-        """One flight, to its end. `said`: why the stores could not give it, when it is to be calculated."""
+        """One flight, to its end; chunks leave `numbers` as they land. `said`: why the stores could not give it, when
+        it is to be calculated."""
         error: RunfsError | None = None
         try:
             self._bring(partial, numbers, uuid, path, said)
@@ -106,13 +157,14 @@ class Hydrator:
         except BaseException as problem:
             error = NoReplica(f"{os.fsdecode(path)} of {uuid}: {problem!r}")
             log.exception("a flight ended unexpectedly")
-        self._land(partial, numbers, uuid, path, left, error)
+        self._end(partial, numbers, uuid, path, left, error)
 
-    def _land(
+    def _end(
         self, partial: Partial, numbers: list[int], uuid: str, path: bytes, left: list[int], error: RunfsError | None
     ) -> None:
-        if path:
-            self._core.note_trouble(uuid, path, numbers, str(error) if error else None)
+        """The end of a flight: `numbers` are those that did not land."""
+        if path and error:
+            self._core.note_trouble(uuid, path, numbers, str(error))
         partial.arrived(numbers, error)
         with partial.lock:
             left[0] -= 1
@@ -126,19 +178,16 @@ class Hydrator:
             raise NoReplica(
                 f"{os.fsdecode(path)} of {uuid}: its digests are not known here; `runfs verify {uuid}` reads them again"
             )
-        offset = numbers[0] * CHUNK
-        length = min((numbers[-1] + 1) * CHUNK, content.size) - offset
         calculating = said is not None
         makers = self._calculated(partial.digest, uuid, path)
         said = said or []
         for replica, home in makers if calculating else self._sources(partial.digest):
             try:
-                data = self._read(home, replica, content, offset, length, uuid, path)
+                self._read(home, replica, content, partial, numbers, uuid, path)
             except RunfsError as error:
                 said.append(f"{replica.store}: {error}")
                 log.warning("%r of %s: %s: %s", path, uuid, replica.store, error)
                 continue
-            partial.fill(numbers[0], data)
             return
         if makers and not calculating:
             raise _Calculate(said)
@@ -179,22 +228,41 @@ class Hydrator:
         return [(Replica(digest, home.name, uuid, plain_key(uuid, path), 0, ""), home) for home in makers if path]
 
     def _read(
-        self, home: Home, replica: Replica, content: Content, offset: int, length: int, uuid: str, path: bytes
-    ) -> memoryview:
-        name = path.decode("utf-8", "replace")
-        told = self._core.events.progress("hydrate", name, length, uuid=uuid, store=home.name)
+        self,
+        home: Home,
+        replica: Replica,
+        content: Content,
+        partial: Partial,
+        numbers: list[int],
+        uuid: str,
+        path: bytes,
+    ) -> None:
+        """Read neighbouring chunks from one store. Those that landed leave `numbers`, also if the others fail."""
+        offset = numbers[0] * CHUNK
+        length = min((numbers[-1] + 1) * CHUNK, content.size) - offset
+        data = self._buffer(length)
+
+        def landed(count: int) -> None:
+            there = numbers[:count]
+            del numbers[:count]
+            if path:
+                self._core.note_trouble(uuid, path, there, None)
+            partial.arrived(there, None)
+
+        landing = _Landing(partial, content, offset, data, f"{replica.key} in {home.name}", landed)
+        told = self._core.events.progress(
+            "hydrate", path.decode("utf-8", "replace"), length, uuid=uuid, store=home.name
+        )
         with told as step, home.watched():
-            data = self._buffer(length)
-            data = data[: home.store().read_into(replica.key, data, offset)]
-            step(len(data))
+            count = home.store().read_into(replica.key, data, offset, arrived=landing.arrived)
+            step(count)
         faults.point("hydrate.read")
         try:
-            check(data, content, offset, length, f"{replica.key} in {home.name}")
+            landing.end(count)
         except WrongBytes as error:
             if home.calculates:
                 raise WrongBytes(f"it was calculated again, with other bytes than the record has: {error}") from error
             raise
-        return data
 
     def bring(self, partial: Partial, numbers: list[int], uuid: str, path: bytes, deadline_s: float) -> None:
         """Bring chunks and wait for them. Raises what the flights ended with, StoreTimeout after `deadline_s`

@@ -18,6 +18,7 @@ from vfs.hydrate import FLIGHT, check, read_back
 from vfs.journal import Replica
 from vfs.manifest import CHUNK, digest_of
 from vfs.session import Session
+from vfs.stores.protocol import Arrived
 
 BIG = noise(12 * CHUNK + 777, 5)
 KEY = plain_key(UUID, b"big")
@@ -115,6 +116,68 @@ def test_neighbours_travel_together(session: Session) -> None:
         bring(session, partial, list(range(13)))
         assert os.pread(partial.fd, len(BIG), 0) == BIG
     assert len(reads(hooked(session))) == -(-13 // FLIGHT)
+
+
+def in_pieces(session: Session, pause: Callable[[int], None], spoilt: int | None = None) -> None:
+    """Have the first store tell of each MiB as it comes; `pause(number)` is called before the chunk of that number.
+    One chunk may be `spoilt`."""
+    store = hooked(session, "lab")
+
+    def read_into(
+        key: str, buffer: memoryview, start: int = 0, *, arrived: Arrived | None = None, deadline: float | None = None
+    ) -> int:
+        data = store.read(key, start, len(buffer))
+        for at in range(0, len(data), CHUNK):
+            number = (start + at) // CHUNK
+            pause(number)
+            piece = data[at : at + CHUNK]
+            buffer[at : at + len(piece)] = bytes(len(piece)) if number == spoilt else piece
+            if arrived is not None:
+                arrived(at + len(piece))
+        return len(data)
+
+    store.read_into = read_into  # type: ignore[method-assign]
+
+
+def test_the_first_chunk_does_not_wait_for_the_last(session: Session) -> None:
+    gate, first, last = threading.Event(), threading.Event(), threading.Event()
+
+    def pause(number: int) -> None:
+        assert number < 2 or gate.wait(10)
+
+    in_pieces(session, pause)
+    with opened(session) as partial:
+        assert partial.when_here(0, lambda _error: first.set())
+        assert partial.when_here(FLIGHT - 1, lambda _error: last.set())
+        session.hydrator.request(partial, range(FLIGHT), UUID, b"big")
+        assert first.wait(5), "while the rest is on its way"
+        assert not last.is_set()
+        assert os.pread(partial.fd, CHUNK, 0) == BIG[:CHUNK]
+        gate.set()
+        assert last.wait(5)
+        assert partial.missing(0, FLIGHT * CHUNK) == []
+
+
+def test_a_wrong_chunk_in_a_flight_comes_from_the_next_store(session: Session) -> None:
+    """What came before it stays; what came after it in the same answer is not believed."""
+    in_pieces(session, lambda _number: None, spoilt=3)
+    with opened(session) as partial:
+        bring(session, partial, list(range(FLIGHT)))
+        assert os.pread(partial.fd, FLIGHT * CHUNK, 0) == BIG[: FLIGHT * CHUNK]
+    assert reads(hooked(session, "disk")) == [KEY], "the rest in one range"
+
+
+def test_a_chunk_that_is_wrong_everywhere_fails_alone(session: Session) -> None:
+    hooked(session, "disk").hook = away
+    in_pieces(session, lambda _number: None, spoilt=3)
+    with opened(session) as partial:
+        with pytest.raises(NoReplica, match="right bytes"):
+            bring(session, partial, list(range(FLIGHT)))
+        until(lambda: not partial.flying)
+        assert partial.missing(0, FLIGHT * CHUNK) == list(range(3, FLIGHT))
+        assert session.core.trouble(UUID, b"big") is not None
+        assert partial.failed_just_now([2]) is None
+        assert partial.failed_just_now([3]) is not None
 
 
 def test_everything_comes_back(session: Session) -> None:

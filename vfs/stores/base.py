@@ -13,7 +13,7 @@ from vfs.errors import ConfigError, Conflict, StoreError, Unreachable, UsageErro
 from vfs.stores import keys, urls
 from vfs.stores.limits import Limits
 from vfs.stores.probing import check_store
-from vfs.stores.protocol import Check, Info, Stat, Volume
+from vfs.stores.protocol import Arrived, Check, Info, Stat, Volume
 
 PROBLEMS_KEPT = 100
 
@@ -75,7 +75,15 @@ class BaseStore(ABC):
     @abstractmethod
     def delete(self, key: str, *, deadline: float | None = None) -> None: ...
 
-    def read_into(self, key: str, buffer: memoryview, start: int = 0, *, deadline: float | None = None) -> int:
+    def read_into(
+        self,
+        key: str,
+        buffer: memoryview,
+        start: int = 0,
+        *,
+        arrived: Arrived | None = None,
+        deadline: float | None = None,
+    ) -> int:
         data = self.read(key, start, len(buffer), deadline=deadline)
         buffer[: len(data)] = data
         return len(data)

@@ -38,7 +38,7 @@ from vfs.stores.directory import (
 )
 from vfs.stores.limits import Budget, Limits, read_limits
 from vfs.stores.places import Place
-from vfs.stores.protocol import Info, Stat
+from vfs.stores.protocol import Arrived, Info, Stat
 
 PIECE = 8 * 1024 * 1024  # bytes copied between looks at the deadline
 
@@ -127,12 +127,22 @@ class FileStore(BaseStore):
             budget = self._limits.budget(deadline, wanted)
             return self._read(file, key, start, wanted, budget)
 
-    def read_into(self, key: str, buffer: memoryview, start: int = 0, *, deadline: float | None = None) -> int:
+    def read_into(
+        self,
+        key: str,
+        buffer: memoryview,
+        start: int = 0,
+        *,
+        arrived: Arrived | None = None,
+        deadline: float | None = None,
+    ) -> int:
         self._check_range(key, start, len(buffer))
         with self._opened("read", keys.check_readable(key)) as file:
             budget, done = self._limits.budget(deadline, len(buffer)), 0
             while done < len(buffer) and (count := os.preadv(file, [buffer[done : done + PIECE]], start + done)):
                 done += count
+                if arrived is not None:
+                    arrived(done)
                 self._check_time("read", key, budget)
             return done
 

@@ -30,7 +30,7 @@ from vfs.stores.limits import Limits
 from vfs.stores.merging import merge
 from vfs.stores.mounted import MountedStore
 from vfs.stores.probing import check_store
-from vfs.stores.protocol import Check, Info, Stat, Store
+from vfs.stores.protocol import Arrived, Check, Info, Stat, Store
 from vfs.stores.urls import read_only_error
 
 T = TypeVar("T")
@@ -123,12 +123,20 @@ class FirstStore(BaseStore):
 
         return self._ask("read", key, read, deadline, measured=length is not None and length <= SMALL)
 
-    def read_into(self, key: str, buffer: memoryview, start: int = 0, *, deadline: float | None = None) -> int:
+    def read_into(
+        self,
+        key: str,
+        buffer: memoryview,
+        start: int = 0,
+        *,
+        arrived: Arrived | None = None,
+        deadline: float | None = None,
+    ) -> int:
         self._begin("read", keys.check_readable(key))
         self._check_range(key, start, len(buffer))
 
         def read(store: Store, left: float | None) -> int:
-            return store.read_into(key, buffer, start, deadline=left)
+            return store.read_into(key, buffer, start, arrived=arrived, deadline=left)
 
         return self._ask("read", key, read, deadline, measured=len(buffer) <= SMALL)
 

@@ -34,7 +34,7 @@ from vfs.stores.carrying import carry
 from vfs.stores.limits import Limits
 from vfs.stores.merging import KeyLocks, gather_problems, merge
 from vfs.stores.probing import PROBE_PREFIX, check_store
-from vfs.stores.protocol import Check, Info, Stat, Store
+from vfs.stores.protocol import Arrived, Check, Info, Stat, Store
 
 
 class MountedStore(BaseStore):
@@ -131,13 +131,21 @@ class MountedStore(BaseStore):
                 return self.front.read(self._inner(key), start, length, deadline=deadline)
         return self.backing.read(key, start, length, deadline=deadline)
 
-    def read_into(self, key: str, buffer: memoryview, start: int = 0, *, deadline: float | None = None) -> int:
+    def read_into(
+        self,
+        key: str,
+        buffer: memoryview,
+        start: int = 0,
+        *,
+        arrived: Arrived | None = None,
+        deadline: float | None = None,
+    ) -> int:
         self._begin("read", keys.check_readable(key))
         self._check_range(key, start, len(buffer))
         if self._is_under(key):
             with suppress(NotFound):
-                return self.front.read_into(self._inner(key), buffer, start, deadline=deadline)
-        return self.backing.read_into(key, buffer, start, deadline=deadline)
+                return self.front.read_into(self._inner(key), buffer, start, arrived=arrived, deadline=deadline)
+        return self.backing.read_into(key, buffer, start, arrived=arrived, deadline=deadline)
 
     def list(self, prefix: str = "", *, recursive: bool = True, deadline: float | None = None) -> Iterator[Stat]:
         self._begin("list", prefix)

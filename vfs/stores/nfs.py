@@ -24,7 +24,7 @@ from vfs.stores import urls
 from vfs.stores.base import BaseBroker, from_bytes
 from vfs.stores.file import FileStore
 from vfs.stores.limits import Limits, read_limits
-from vfs.stores.protocol import Info, Stat, Volume
+from vfs.stores.protocol import Arrived, Info, Stat, Volume
 
 T = TypeVar("T")
 
@@ -64,8 +64,16 @@ class NfsStore(FileStore):
     def read(self, key: str, start: int = 0, length: int | None = None, *, deadline: float | None = None) -> bytes:
         return _again(lambda: super(NfsStore, self).read(key, start, length, deadline=deadline))
 
-    def read_into(self, key: str, buffer: memoryview, start: int = 0, *, deadline: float | None = None) -> int:
-        return _again(lambda: super(NfsStore, self).read_into(key, buffer, start, deadline=deadline))
+    def read_into(
+        self,
+        key: str,
+        buffer: memoryview,
+        start: int = 0,
+        *,
+        arrived: Arrived | None = None,
+        deadline: float | None = None,
+    ) -> int:
+        return _again(lambda: super(NfsStore, self).read_into(key, buffer, start, arrived=arrived, deadline=deadline))
 
     def write(
         self,

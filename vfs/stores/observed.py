@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from vfs.events import Events, ObjectDeleted, ObjectSet
-from vfs.stores.protocol import Check, Info, Stat, Store
+from vfs.stores.protocol import Arrived, Check, Info, Stat, Store
 
 
 class ObservedStore:
@@ -42,8 +42,16 @@ class ObservedStore:
     def read(self, key: str, start: int = 0, length: int | None = None, *, deadline: float | None = None) -> bytes:
         return self.store.read(key, start, length, deadline=deadline)
 
-    def read_into(self, key: str, buffer: memoryview, start: int = 0, *, deadline: float | None = None) -> int:
-        return self.store.read_into(key, buffer, start, deadline=deadline)
+    def read_into(
+        self,
+        key: str,
+        buffer: memoryview,
+        start: int = 0,
+        *,
+        arrived: Arrived | None = None,
+        deadline: float | None = None,
+    ) -> int:
+        return self.store.read_into(key, buffer, start, arrived=arrived, deadline=deadline)
 
     def list(self, prefix: str = "", *, recursive: bool = True, deadline: float | None = None) -> Iterator[Stat]:
         return self.store.list(prefix, recursive=recursive, deadline=deadline)

@@ -110,6 +110,9 @@ class Check:
     problems: list[str] = field(default_factory=list)
 
 
+Arrived = Callable[[int], None]
+
+
 @runtime_checkable
 class Store(Protocol):
     """A place that keeps records. `name` is what people see; `url` has no secrets in it; `problems` collects
@@ -146,9 +149,20 @@ class Store(Protocol):
         """Exactly the bytes asked for; fewer only where the object ends. Raises NotFound."""
         ...
 
-    def read_into(self, key: str, buffer: memoryview, start: int = 0, *, deadline: float | None = None) -> int:
+    def read_into(
+        self,
+        key: str,
+        buffer: memoryview,
+        start: int = 0,
+        *,
+        arrived: Arrived | None = None,
+        deadline: float | None = None,
+    ) -> int:
         """Fill a writable buffer with the object's bytes from `start` on, without making another copy of them where
-        the engine allows; fewer only where the object ends. The number of bytes. Raises NotFound."""
+        the engine allows; fewer only where the object ends. The number of bytes. Raises NotFound.
+
+        While the rest is on its way a store may call `arrived`, in this thread, with the bytes that are in the buffer
+        so far. A try that failed is told by a smaller number."""
         ...
 
     def write(

@@ -22,7 +22,7 @@ from vfs.errors import Conflict, Denied, NotFound, StoreError
 from vfs.stores import checksums, keys, remote_config, urls
 from vfs.stores.base import BaseBroker, BaseStore, is_wanted, take_piece
 from vfs.stores.limits import Budget, Limits, read_limits
-from vfs.stores.protocol import Check, Info, Stat
+from vfs.stores.protocol import Arrived, Check, Info, Stat
 from vfs.stores.remote_calls import TEMPORARY, Calls, Condition, MaybeOurs
 from vfs.stores.remote_config import Target
 from vfs.stores.remote_errors import ServerFailed
@@ -104,12 +104,20 @@ class RemoteStore(BaseStore):
             budget = self._limits.budget(None, max(0, size))
         return self._calls.read(key, start, length, budget)
 
-    def read_into(self, key: str, buffer: memoryview, start: int = 0, *, deadline: float | None = None) -> int:
+    def read_into(
+        self,
+        key: str,
+        buffer: memoryview,
+        start: int = 0,
+        *,
+        arrived: Arrived | None = None,
+        deadline: float | None = None,
+    ) -> int:
         self._begin("read", keys.check_readable(key))
         self._check_range(key, start, len(buffer))
         if not buffer:
             return 0
-        return self._reads.read_into(key, start, buffer, self._limits.budget(deadline, len(buffer)))
+        return self._reads.read_into(key, start, buffer, self._limits.budget(deadline, len(buffer)), arrived)
 
     def write(
         self,
