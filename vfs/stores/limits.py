@@ -4,7 +4,7 @@ Used by every store. Nothing here blocks.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,10 @@ from vfs.errors import ConfigError
 DEADLINE_S = 30.0
 LEAST_THROUGHPUT = 64 * 1024  # bytes per second; slower than this is as good as hanging
 WINDOW_S = 10.0  # over which the least throughput is judged
+
+
+class Stalled(Exception):
+    """Our own limit ended an attempt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,38 @@ class Limits:
     def slowest(self, size: int) -> float:
         """Seconds that moving `size` bytes takes at the least throughput, after one window to get going."""
         return self.window_s + size / self.least_throughput
+
+
+class Watch:
+    """The limits of one attempt at a read, looked at after each piece."""
+
+    def __init__(self, limits: Limits, budget: Budget) -> None:
+        self._budget = budget
+        self._window_s = limits.window_s
+        self._least = limits.least_throughput * limits.window_s
+        self._end = time.monotonic() + limits.window_s
+        self._came = 0
+
+    def left(self) -> float:
+        """Seconds left of the budget; never negative."""
+        return self._budget.left()
+
+    def came(self, count: int) -> None:
+        """So many bytes came. Raises Stalled when the budget is used up, or the window brought too little."""
+        self._came += count
+        now = time.monotonic()
+        if self._came >= self._least:
+            self._end, self._came = now + self._window_s, 0
+        if now > self._budget.end:
+            raise Stalled(f"no end within {self._budget.total_s:g} s")
+        if now > self._end:
+            raise Stalled(f"less than {self._least:.0f} bytes came in {self._window_s:g} s")
+
+    def told(self, call: Callable[[int], None], done: int) -> None:
+        """Tell a reader what is there; the time it takes to deal with the bytes is not the store's."""
+        began = time.monotonic()
+        call(done)
+        self._end += time.monotonic() - began
 
 
 def read_limits(config: Mapping[str, Any]) -> Limits:

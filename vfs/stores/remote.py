@@ -70,6 +70,7 @@ class RemoteStore(BaseStore):
     def disconnect(self) -> None:
         super().disconnect()
         self._calls.closed = True
+        self._reads.close()
         self._close_uploads()
         self._target = self._configured
 
@@ -83,6 +84,7 @@ class RemoteStore(BaseStore):
     def _take(self, target: Target) -> None:
         before, self._target = self._calls, target
         self._calls = Calls(target, self._limits)
+        self._reads.close()
         self._reads = Reads(target, self._limits, self._calls)
         self._listings = Listings(target, self._limits, self._calls)
         self._close_uploads()

@@ -28,7 +28,7 @@ from opendal.types import Metadata
 from vfs.errors import ConfigError, Conflict, NotFound, StoreError, Unreachable
 from vfs.stores import checksums, remote_errors
 from vfs.stores.event_loop import event_loop
-from vfs.stores.limits import Budget, Limits
+from vfs.stores.limits import Budget, Limits, Stalled
 from vfs.stores.remote_config import BUCKET_ENGINES, Target
 
 T = TypeVar("T")
@@ -49,10 +49,6 @@ class Condition(TypedDict, total=False):
 
 class MaybeOurs(Conflict):
     """A condition did not hold, but an earlier try of the same write may have been the one that won."""
-
-
-class Stalled(Exception):
-    """Our own limit ended an attempt."""
 
 
 ATTEMPT_ERRORS: tuple[type[Exception], ...] = (Stalled, *remote_errors.OPENDAL_ERRORS)

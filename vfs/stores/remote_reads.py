@@ -1,8 +1,9 @@
 """Ranges of remote objects, read into the caller's own memory: the path that hydrate's bytes take.
 
-Used by `remote.py`. Blocks its caller, at most for the budget and a moment. It uses opendal's synchronous files, in
-the caller's thread: half the processor time of handing every piece over from an event loop, and no copy. They cannot be
-cancelled, so what bounds a read is:
+Used by `remote.py`. Blocks its caller, at most for the budget and a moment. The first try goes straight to the socket
+where that can be (`s3_reads.py`). All others use opendal's synchronous files, in the caller's thread: half the
+processor time of handing every piece over from an event loop, and no copy. They cannot be cancelled, so what bounds a
+read is:
 
 - each step (a connection, the next piece) has a limit of its own inside opendal, never more than what is left;
 - after each piece the budget is looked at, and whether the last window brought the least throughput.
@@ -17,14 +18,12 @@ import opendal
 from opendal.layers import TimeoutLayer
 
 from vfs.errors import Unreachable
-from vfs.stores.limits import Budget, Limits
+from vfs.stores.limits import Budget, Limits, Stalled, Watch
 from vfs.stores.protocol import Arrived
-from vfs.stores.remote_calls import ATTEMPT_ERRORS, ATTEMPTS, FIRST_PAUSE_S, Calls, Stalled, is_beyond_the_end
+from vfs.stores.remote_calls import ATTEMPT_ERRORS, ATTEMPTS, FIRST_PAUSE_S, Calls, is_beyond_the_end
 from vfs.stores.remote_config import Target
+from vfs.stores.s3_reads import TOLD, ranges
 
-TOLD = (
-    1 << 20
-)  # bytes after which a reader is told what is there; what was just copied is still in the processor's cache
 _STEPS_S = (3.0, 1.0, 0.3)  # limits of a step, beside the window: the longest that fits into what is left is taken
 
 
@@ -35,6 +34,7 @@ class Reads:
         self._name = target.name
         self._limits = limits
         self._calls = calls
+        self._ranges = ranges(target, limits)
         bare = opendal.Operator(target.scheme, **target.options)
         steps = sorted({limits.window_s, *(step for step in _STEPS_S if step < limits.window_s)}, reverse=True)
         self._operators = [(step, bare.layer(TimeoutLayer(step, step))) for step in steps]
@@ -47,6 +47,8 @@ class Reads:
             if self._calls.closed:
                 raise Unreachable(f"{self._name}: read {key}: the store was closed")
             try:
+                if number == 1 and self._straight(key, start, view, budget, arrived):
+                    return len(view)
                 return self._attempt(key, start, view, budget, arrived)
             except ATTEMPT_ERRORS as error:
                 failure = self._calls.explained(error, "read", key)
@@ -55,6 +57,14 @@ class Reads:
             time.sleep(pause)
             pause *= 3
         raise AssertionError("unreachable")
+
+    def close(self) -> None:
+        """Close the connections that are kept."""
+        if self._ranges is not None:
+            self._ranges.close()
+
+    def _straight(self, key: str, start: int, view: memoryview, budget: Budget, arrived: Arrived | None) -> bool:
+        return self._ranges is not None and self._ranges.fill(key, start, view, Watch(self._limits, budget), arrived)
 
     def _attempt(self, key: str, start: int, view: memoryview, budget: Budget, arrived: Arrived | None) -> int:
         try:
@@ -90,31 +100,3 @@ class Reads:
         if not left:
             raise Stalled(f"no end within {budget.total_s:g} s")
         return self._operators[-1][1]
-
-
-class Watch:
-    """The limits of one attempt, looked at after each piece."""
-
-    def __init__(self, limits: Limits, budget: Budget) -> None:
-        self._budget = budget
-        self._window_s = limits.window_s
-        self._least = limits.least_throughput * limits.window_s
-        self._end = time.monotonic() + limits.window_s
-        self._came = 0
-
-    def came(self, count: int) -> None:
-        """So many bytes came. Raises Stalled when the budget is used up, or the window brought too little."""
-        self._came += count
-        now = time.monotonic()
-        if self._came >= self._least:
-            self._end, self._came = now + self._window_s, 0
-        if now > self._budget.end:
-            raise Stalled(f"no end within {self._budget.total_s:g} s")
-        if now > self._end:
-            raise Stalled(f"less than {self._least:.0f} bytes came in {self._window_s:g} s")
-
-    def told(self, arrived: Arrived, done: int) -> None:
-        """Tell the reader; the time it takes to deal with the bytes is not the store's."""
-        began = time.monotonic()
-        arrived(done)
-        self._end += time.monotonic() - began

@@ -1,20 +1,24 @@
-"""Signing of S3 requests (AWS Signature Version 4), for the few that opendal has no call for.
+"""Signing of S3 requests (AWS Signature Version 4), for those that do not go through opendal.
 
-Used by `s3_parts.py`. Nothing here blocks; the environment is read (AWS_*), never printed. The algorithm:
+Used by `s3_parts.py` and `s3_reads.py`. Nothing here blocks; the environment is read (AWS_*), never printed. See
 https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html
 """
 
+import functools
 import hashlib
 import hmac
+import ipaddress
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from urllib.parse import quote, urlsplit
 
 from vfs.stores.remote_config import Target
 
 _ALGORITHM = "AWS4-HMAC-SHA256"
+_EMPTY = hashlib.sha256(b"").hexdigest()
+_UNSIGNED = "UNSIGNED-PAYLOAD"
 # With these, requests have to carry more than a signature, or the credentials come from elsewhere: left to opendal.
 _BEYOND_US = (
     "profile",
@@ -57,12 +61,13 @@ class Signer:
         self, method: str, url: str, query: Mapping[str, str], body: bytes, extra: Mapping[str, str] | None = None
     ) -> dict[str, str]:
         """The headers of a request, signed for this moment; `extra` go along and are signed, too."""
-        now = datetime.now(UTC)
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        day = stamp[:8]
         parts = urlsplit(url)
         given = {
             "host": parts.netloc,
-            "x-amz-content-sha256": hashlib.sha256(body).hexdigest(),
-            "x-amz-date": now.strftime("%Y%m%dT%H%M%SZ"),
+            "x-amz-content-sha256": self._said_of(body),
+            "x-amz-date": stamp,
             **({"x-amz-security-token": self.token} if self.token else {}),
             **{name.lower(): value for name, value in (extra or {}).items()},
         }
@@ -70,20 +75,42 @@ class Signer:
         lines = [method, parts.path, _canonical_query(query), *(f"{name}:{given[name]}" for name in names), ""]
         signed = ";".join(names)
         request = "\n".join([*lines, signed, given["x-amz-content-sha256"]])
-        scope = f"{now:%Y%m%d}/{self.region}/s3/aws4_request"
+        scope = f"{day}/{self.region}/s3/aws4_request"
         digest = hashlib.sha256(request.encode()).hexdigest()
         text = "\n".join([_ALGORITHM, given["x-amz-date"], scope, digest])
-        signature = hmac.new(self._signing_key(f"{now:%Y%m%d}"), text.encode(), hashlib.sha256).hexdigest()
+        signature = hmac.digest(_signing_key(self.secret_key, day, self.region), text.encode(), "sha256").hex()
         credential = f"Credential={self.access_key}/{scope}"
         given["Authorization"] = f"{_ALGORITHM} {credential}, SignedHeaders={signed}, Signature={signature}"
         del given["host"]  # the client writes it
         return given
 
-    def _signing_key(self, day: str) -> bytes:
-        key = f"AWS4{self.secret_key}".encode()
-        for part in (day, self.region, "s3", "aws4_request"):
-            key = hmac.new(key, part.encode(), hashlib.sha256).digest()
-        return key
+    def _said_of(self, body: bytes) -> str:
+        """What the signature covers of a body: its digest. Where TLS guards it on its way, or it does not leave this
+        machine, that is left out, as Amazon's own clients do: it would cost as much as the sending."""
+        if not body:
+            return _EMPTY
+        return _UNSIGNED if self.guarded else hashlib.sha256(body).hexdigest()
+
+    @property
+    def guarded(self) -> bool:
+        """Whether nobody on a network can change what is sent."""
+        parts = urlsplit(self.endpoint)
+        return parts.scheme == "https" or _is_loopback(parts.hostname or "")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@functools.lru_cache(maxsize=16)
+def _signing_key(secret: str, day: str, region: str) -> bytes:
+    key = f"AWS4{secret}".encode()
+    for part in (day, region, "s3", "aws4_request"):
+        key = hmac.digest(key, part.encode(), "sha256")
+    return key
 
 
 def signer(target: Target) -> Signer | None:
