@@ -164,7 +164,7 @@ def _cold(bench: "Bench", work: Work) -> None:
             system.put("cold", {"big": source})
     drop_caches()
     with clock() as took:
-        bench.wire.download("cold/big", size, bench.place / "downloaded")
+        bench.wire.download("cold/big", size)
     bench.add(work, bench.wire.name, size / took[0] / 1e6)
     for system in bench.mounts():
         system.cool()
@@ -222,12 +222,12 @@ def safe(bench: "Bench", number: int) -> None:
     with clock() as took:
         bench.wire.upload(f"safe-{number}", source)
     bench.add(SAFE, bench.wire.name, size / took[0] / 1e6)
-    bench.wire.store.delete(f"safe-{number}")
+    bench.wire.operator.delete(f"safe-{number}")
     for system in bench.mounts():
         path = system.directory("safe") / "fresh"
         with clock() as took:
             _write(path, data, size)
-            system.settle()
+            system.settle("safe", {"fresh": size})
         bench.add(SAFE, system.name, size / took[0] / 1e6)
         path.unlink()
         _forget(system)
