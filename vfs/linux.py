@@ -12,6 +12,7 @@ import os
 import signal
 import stat
 import struct
+from contextlib import suppress
 
 _libc = ctypes.CDLL(None, use_errno=True)
 NOREPLACE = 1  # flags of renameat2
@@ -107,6 +108,16 @@ def has_writers(fd: int) -> bool:
     except OSError as error:
         return error.errno in (errno.EAGAIN, errno.EBUSY)
     return False
+
+
+def wait_for_write(fd: int) -> None:
+    """Wait until a write(2) into an open file that is under way has ended: it sets the file's times first, copies the
+    bytes then, and holds the inode's lock all the while.
+
+    lseek(2) takes that lock to look for data (ext4, btrfs, f2fs, tmpfs; xfs takes one for each read). Moves the offset.
+    """
+    with suppress(OSError):  # ENXIO: no data from here on
+        os.lseek(fd, 0, os.SEEK_DATA)
 
 
 def lease_wanted_for_writing(fd: int) -> bool:

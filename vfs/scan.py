@@ -16,6 +16,7 @@ from vfs.manifest import Content, File, digest_of
 
 # Before Linux 6.13 two changes within a tick of the clock (10 ms at most) leave the same times.
 _TICK_NS = 20_000_000
+_KINDS = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "symlink"}
 _ATTEMPTS = 3  # to read a file that is being written to, before it is left for later
 
 
@@ -48,10 +49,7 @@ class Seen:
 
 def kind_of(mode: int) -> str:
     """A manifest's word for a file type."""
-    for test, kind in ((stat.S_ISREG, "file"), (stat.S_ISDIR, "directory"), (stat.S_ISLNK, "symlink")):
-        if test(mode):
-            return kind
-    return "other"
+    return _KINDS.get(stat.S_IFMT(mode), "other")
 
 
 def walk(root: bytes) -> Iterator[Seen]:
@@ -145,8 +143,7 @@ def scan(
             same = first_link.setdefault(identity, seen.path)
             same = b"" if same == seen.path else same
         if old is not None and seen.matches(old) and (not old.file.digest or content(old.file.digest)):
-            file = replace(_describe(seen), digest=old.file.digest, same=same, attributes=old.file.attributes)
-            known.append(replace(old, file=file))
+            known.append(_as_it_is(seen, old, same))
             continue
         changed += 1
         if seen.kind != "file":
@@ -169,6 +166,15 @@ def scan(
         file = replace(described, digest=taken.digest, size=taken.size, same=same, attributes=attributes)
         known.append(Known(file, status.st_ino, status.st_ctime_ns))
     return Scan(tuple(known), contents, tuple(unsettled), changed + max(0, len(before) - len(known)))
+
+
+def _as_it_is(seen: Seen, old: Known, same: bytes) -> Known:
+    """What is known of a file whose content is what it was, with what else of it may have changed."""
+    status, file = seen.status, old.file
+    now = (stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid, seen.target, same)
+    if now == (file.mode, file.uid, file.gid, file.target, file.same):
+        return old
+    return replace(old, file=replace(_describe(seen), digest=file.digest, same=same, attributes=file.attributes))
 
 
 def reader(fd: int) -> Callable[[int, int], bytes]:
@@ -213,8 +219,7 @@ def _take(
                     raise DamagedRecord(f"{os.fsdecode(seen.path)} is not whole and cannot be completed here")
                 hydrate(seen.path)
                 continue
-            _let_settle(fd)
-            before = os.fstat(fd)
+            before = _let_settle(fd)
             try:
                 digested = digest_of(reader(fd), before.st_size)
             except EOFError:
@@ -229,13 +234,20 @@ def _take(
     raise Changing(f"{os.fsdecode(seen.path)} went on changing while it was read")
 
 
-def _let_settle(fd: int) -> None:
-    """See to it that whatever changes the file from now on changes its times."""
-    if linux.has_writers(fd):  # a store into a mapped page that is dirty already changes none: only a clean page's does
-        os.fdatasync(fd)
-    age = time.time_ns() - os.fstat(fd).st_ctime_ns
-    if 0 <= age < _TICK_NS:
+def _let_settle(fd: int) -> os.stat_result:
+    """See to it that whatever changes the file's bytes from now on changes its times too; these."""
+    before = os.fstat(fd)
+    for _ in range(_ATTEMPTS):
+        age = time.time_ns() - before.st_ctime_ns
+        if not 0 <= age < _TICK_NS:
+            break
         time.sleep((_TICK_NS - age) / 1e9)
+        before = os.fstat(fd)
+    # Times change before the bytes do: what changed these may still be at it.
+    if linux.has_writers(fd):
+        os.fdatasync(fd)  # a store into a mapped page changes times only if the page is clean, as now they all are
+    linux.wait_for_write(fd)
+    return before
 
 
 def open_file(root: bytes, path: bytes, flags: int) -> int:

@@ -1,9 +1,13 @@
 """Reading a unit's tree: what is digested, what is taken as known, and what a file that will not stand still gives."""
 
+import ctypes
+import fcntl
 import mmap
 import os
+import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,7 +16,7 @@ from typing import Any
 import pytest
 from blake3 import blake3
 
-from tests.core.making import noise
+from tests.core.making import noise, until
 from vfs import scan as scanning
 from vfs.cache import Partial, make_placeholder, read_header
 from vfs.errors import DamagedRecord
@@ -165,6 +169,54 @@ def while_read(monkeypatch: pytest.MonkeyPatch, change: Callable[[], object]) ->
         return meanwhile
 
     monkeypatch.setattr(scanning, "reader", reader)
+
+
+class SlowBytes:
+    """A page of memory that write(2) can take its bytes from only when they are `given`: userfaultfd(2)."""
+
+    _SYS_USERFAULTFD, _API, _REGISTER, _COPY = 323, 0xC018AA3F, 0xC020AA00, 0xC028AA03
+
+    def __init__(self) -> None:
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._fd = self._libc.syscall(self._SYS_USERFAULTFD, os.O_CLOEXEC) if os.uname().machine == "x86_64" else -1
+        if self._fd < 0:
+            pytest.skip("userfaultfd is not to be had")
+        fcntl.ioctl(self._fd, self._API, bytearray(struct.pack("<QQQ", 0xAA, 0, 0)))
+        self._page = mmap.mmap(-1, mmap.PAGESIZE)
+        self._at = ctypes.addressof(ctypes.c_char.from_buffer(self._page))
+        fcntl.ioctl(self._fd, self._REGISTER, bytearray(struct.pack("<QQQQ", self._at, mmap.PAGESIZE, 1, 0)))
+
+    def write(self, fd: int, length: int) -> None:
+        assert self._libc.pwrite(fd, ctypes.c_void_p(self._at), length, 0) == length
+
+    def given(self, data: bytes) -> None:
+        source = ctypes.create_string_buffer(data, mmap.PAGESIZE)
+        fields = struct.pack("<QQQQq", self._at, ctypes.addressof(source), mmap.PAGESIZE, 0, 0)
+        fcntl.ioctl(self._fd, self._COPY, bytearray(fields))
+        os.close(self._fd)
+
+
+def test_a_write_that_is_under_way_is_waited_for(tmp_path: Path, digested: Digested) -> None:
+    """write(2) sets a file's times, then copies: bytes read in between must not pass for those of these times."""
+    path = tmp_path / "weights"
+    path.write_bytes(b"old bytes")
+    os.utime(path, ns=(1, 1))
+    slow, fd = SlowBytes(), os.open(path, os.O_WRONLY)
+    writing = threading.Thread(target=slow.write, args=(fd, 3))
+    scanning = threading.Thread(target=digested.scan, args=(os.fsencode(tmp_path),))
+    writing.start()
+    until(lambda: path.stat().st_mtime_ns != 1)
+    times = path.stat()
+    scanning.start()
+    time.sleep(0.2)
+    slow.given(b"new")
+    writing.join()
+    scanning.join()
+    os.close(fd)
+    assert path.read_bytes() == b"new bytes"
+    assert path.stat().st_mtime_ns == times.st_mtime_ns, "the write came after its times, or this shows nothing"
+    found = digested.scan(os.fsencode(tmp_path))
+    assert by_path(found)[b"weights"].digest == blake3(b"new bytes").digest()
 
 
 def test_a_growing_log_gives_what_it_held(tmp_path: Path, digested: Digested, monkeypatch: pytest.MonkeyPatch) -> None:
