@@ -4,9 +4,11 @@ import os
 import platform
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 Finding = dict[str, Any]
 _MOST_RECORDS = 50  # damaged records named; the rest is counted
 _FORGOTTEN_S = 86400.0  # a transaction that is open for longer was probably forgotten
+_ANSWER_S = 5.0  # for another mount
 _SKEW_S = 300.0  # S3 refuses requests with a clock further off than 15 minutes
 
 
@@ -172,12 +175,15 @@ def _passthrough(session: "Session") -> Iterator[Finding]:
 
 
 def _answers(mountpoint: str) -> bool:
-    """Whether a mount has a daemon. statfs on a dead one fails at once; on a hanging one it is asked in a thread."""
-    with ThreadPoolExecutor(1) as pool:
-        try:
-            pool.submit(os.statvfs, mountpoint).result(timeout=5)
-        except OSError:
-            return False
-        except TimeoutError:
-            return False
-    return True
+    """Whether a mount has a daemon. statfs on a dead one fails at once; one that hangs is left to its thread."""
+    answers = threading.Event()
+
+    def ask() -> None:
+        with suppress(OSError):
+            os.statvfs(mountpoint)
+            answers.set()
+
+    asking = threading.Thread(target=ask, name="doctor", daemon=True)
+    asking.start()
+    asking.join(_ANSWER_S)
+    return answers.is_set()
