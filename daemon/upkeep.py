@@ -19,6 +19,7 @@ from vfs import actions, policy, report
 from vfs.errors import RunfsError, in_words
 from vfs.filesystem import FileSystem
 from vfs.index_marks import Marks
+from vfs.residency import State
 from vfs.scan import differs
 from vfs.session import Session
 from vfs.tree import FileNode, Inode, Link
@@ -41,6 +42,7 @@ _RECHECKED_MOST = 5000  # names at the root: 20 us each
 _COMPARE_REST = 10  # times as long as comparing took: a large index is not compared all the time
 # Threads of their own: one that waits for a page may wait for a read, which must find a thread itself.
 _INVALIDATING = trio.CapacityLimiter(16)
+_stale: set[Inode] = set()  # of which the kernel is to be told, once for all that happened to them until then
 
 
 class _Quiet:
@@ -71,7 +73,7 @@ class Upkeep:
         files.index_changed()  # they are followed from here on
         self._watcher = Watcher(self._changed_outside, limit=None)
         self._core.units.moved.append(self._moved)
-        self._core.content_changed.append(self._moved)
+        self._core.content_changed.append(self._content_changed)
 
     def start(self, nursery: trio.Nursery) -> None:
         nursery.start_soon(self._push_loop, nursery)
@@ -94,8 +96,14 @@ class Upkeep:
     # --- what moved or changed: tell the kernel ----------------------------------------------------------------
 
     def _moved(self, unit: Unit) -> None:
-        """The files of a unit moved, or their bytes went (any thread): the kernel asks anew what it kept of them."""
-        self._token.run_sync_soon(self._invalidate, unit, None)
+        """The files of a unit moved (any thread). Of one that was evicted the kernel kept much, of another nothing but
+        what its own directory is."""
+        kept = unit.state is State.RESIDENT
+        self._token.run_sync_soon(self._invalidate if kept else self._invalidate_top, unit)
+
+    def _content_changed(self, unit: Unit) -> None:
+        """Bytes of a unit went (any thread): the kernel asks anew what it kept of its files."""
+        self._token.run_sync_soon(self._invalidate, unit)
 
     def _changed_outside(self, uuid: str, path: bytes, kind: Kind) -> None:
         """A watched working directory changed (watcher's thread)."""
@@ -103,11 +111,12 @@ class Upkeep:
 
     def _noticed(self, uuid: str, path: bytes) -> None:
         self._files.roots.touch(uuid)
-        unit = next((unit for unit in self._core.units.live() if unit.uuid == uuid), None)
+        unit = self._core.units.held(uuid)
         if unit is None or unit.evicted:
             return
         self.mark(unit, "changed in its directory")
-        self._invalidate(unit, path)
+        if b"/" not in path:  # of what lies below the kernel keeps nothing
+            self._invalidate_top(unit)
 
     def mark(self, unit: Unit, why: str) -> None:
         """A unit changed behind our back."""
@@ -116,14 +125,14 @@ class Upkeep:
         except RunfsError as error:
             log.error("%s", error)
 
-    def _invalidate(self, unit: Unit, path: bytes | None) -> None:
-        """Have the kernel ask anew for everything of a unit, or for one path and what lies below it."""
-        if path:
-            above, _slash, name = path.rpartition(b"/")
-            for parent in self._files.tree.of_unit(unit, above, deep=False):
-                pyfuse3_later(parent.ino)
-                forget_name(parent.ino, name)
-        for node in self._files.tree.of_unit(unit, path or b""):
+    def _invalidate_top(self, unit: Unit) -> None:
+        """Have the kernel ask anew for a unit's own directory."""
+        for node in self._files.tree.of_unit(unit, deep=False):
+            pyfuse3_later(node.ino)
+
+    def _invalidate(self, unit: Unit) -> None:
+        """Have the kernel ask anew for everything of a unit."""
+        for node in self._files.tree.of_unit(unit):
             pyfuse3_later(node.ino)
             for name in node.children:
                 forget_name(node.ino, name)
@@ -400,11 +409,14 @@ class Upkeep:
 
 
 def pyfuse3_later(ino: Inode) -> None:
-    """Have the kernel forget attributes and pages of an inode, from a thread: it may wait for a handler of ours."""
-    trio.lowlevel.spawn_system_task(_invalidate_inode, ino)
+    """Have the kernel forget attributes of an inode, from a thread: it may wait for a handler of ours."""
+    if ino not in _stale:
+        _stale.add(ino)
+        trio.lowlevel.spawn_system_task(_invalidate_inode, ino)
 
 
 async def _invalidate_inode(ino: Inode) -> None:
+    _stale.discard(ino)
     try:
         await trio.to_thread.run_sync(pyfuse3.invalidate_inode, ino, True, limiter=_INVALIDATING)
     except OSError:

@@ -169,6 +169,11 @@ class Units:
             unit = self._known.get(uuid)
             return unit.evicted if unit is not None else self._journal.unit(uuid) is not None
 
+    def held(self, uuid: str) -> Unit | None:
+        """A unit, if somebody holds it now."""
+        with self._lock:
+            return self._known.get(uuid)
+
     def live(self) -> list[Unit]:
         """Units somebody holds now."""
         with self._lock:
