@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -311,6 +311,12 @@ class Core:
         """Show this ctime for an inode as long as its real one stays what it is now."""
         with self._lock:
             self._held[status.st_dev, status.st_ino] = Held(status.st_ctime_ns, shown)
+
+    def show_ctimes(self, device: int, shown: Iterable[tuple[int, int, int]]) -> None:
+        """The same for many: (inode, real ctime, ctime to show), all on one device."""
+        with self._lock:
+            for inode, real, ctime_ns in shown:
+                self._held[device, inode] = Held(real, ctime_ns)
 
     def forget_ctime(self, status: os.stat_result) -> None:
         """The file's attributes were changed for real: its real ctime is the one to show."""

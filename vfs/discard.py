@@ -27,7 +27,8 @@ _PASSES = 10  # over a directory in which somebody goes on making files
 
 class Discard:
     """What stands at `aside`, being removed. `place` is the shadow; `leased` are descriptors of its files, by path, on
-    which we hold write leases already; `rescued()` is called before something moves into the shadow."""
+    which we hold write leases already; `rescued()` is called before something moves into the shadow; `kept` are the
+    inodes of files that the shadow has too, if that is known."""
 
     def __init__(
         self,
@@ -36,13 +37,16 @@ class Discard:
         known: Mapping[bytes, Known],
         leased: Mapping[bytes, int],
         rescued: Callable[[], None],
+        kept: Mapping[bytes, int] | None = None,
     ) -> None:
         self._aside = aside
         self._place = place
         self._known = known
         self._rescued = rescued
         self._gone = aside + b".gone"
-        self._leased = {os.fstat(fd).st_ino: fd for fd in leased.values()}
+        self._leased = {known[path].inode: fd for path, fd in leased.items()}  # as they were compared
+        self._borrowed = frozenset(leased.values())
+        self._kept = kept
         self._relinked: set[int] = set()  # inodes of which we removed a name: their ctime says nothing any more
 
     def run(self) -> bool:
@@ -127,15 +131,15 @@ class Discard:
         return None
 
     def _let_go(self, fd: int | None) -> None:
-        if fd is not None and fd not in self._leased.values():
+        if fd is not None and fd not in self._borrowed:
             os.close(fd)
 
     def _unnamed(self, seen: Seen, fd: int | None, path: bytes) -> bool:
         """What is at `gone` goes, or moves into the shadow; False when it must stay."""
         item, inode = self._known.get(seen.path), seen.status.st_ino
         self._relinked.add(inode)
-        if _same_inode(self._place, seen.path, seen.status):
-            proven = True  # it was kept: the shadow has it
+        if self._is_kept(seen):
+            proven = True  # the shadow has it
         elif item is None or (seen.kind, seen.target) != (item.file.kind, item.file.target):
             proven = False
         elif seen.kind == "file":
@@ -145,6 +149,11 @@ class Discard:
         if proven:
             os.unlink(self._gone)
         return proven or self._rescue(self._gone, seen.path)
+
+    def _is_kept(self, seen: Seen) -> bool:
+        if self._kept is not None and seen.kind == "file":
+            return self._kept.get(seen.path) == seen.status.st_ino
+        return _same_inode(self._place, seen.path, seen.status)
 
     def _put_back(self, path: bytes) -> None:
         number = 0

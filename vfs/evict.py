@@ -11,7 +11,9 @@ where the mount shows it, and pushed.
 
 import logging
 import os
-from collections.abc import Mapping
+import stat
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,6 +31,7 @@ from vfs.units import Unit, link_of, set_aside_name
 from vfs.versions.transactions import why_held
 
 log = logging.getLogger(__name__)
+_SYNCS = 8  # under way at once for one unit
 _PATH_MAX = 4096  # bytes of a path in a system call, with the NUL at its end
 
 
@@ -82,25 +85,36 @@ class Evictor(Prover, Restorer):
         with unit.moving:
             if (stays := self.stays(unit)) is not None:
                 raise Refused(f"{unit.uuid}: not evicted: {stays.reason}; {stays.advice}")
-            sequence = self._core.sequence(unit)
-            self._finish_discard(unit)
-            self._core.settle()  # what has just come back is noted first: noting it later would look like a change
-            known = self._settled(unit)
-            _check_lengths(unit, known)
-            proof = self.prove(unit, known)
-            faults.point("evict.proven")
-            if self.live(unit):  # told by markers that are in `known`: what changes them from here on is noticed
-                raise Refused(f"{unit.uuid}: not evicted: it has just become live; wait until the run has finished")
-            self._core.settle()  # our own descriptors would look like somebody's
-            with Leases(unit.uuid, unit.base, writable=unit.evicted) as leases:
-                leases.take(known)
-                faults.point("evict.leased")
-                if unit.evicted:
-                    freed = self._drop_cached(unit, known, leases, proof)
-                else:
-                    freed = self._exchange(unit, known, leases, sequence, proof)
+            if unit.dirty:
+                self._settled(unit)  # others go on while it is uploaded
+            with self._turns.mine():
+                return self._evict(unit)
+
+    def _evict(self, unit: Unit) -> Evicted:
+        sequence = self._sequence(unit)
+        self._finish_discard(unit)
+        self._core.settle()  # what has just come back is noted first: noting it later would look like a change
+        known = self._settled(unit)
+        _check_lengths(unit, known)
+        proof = self.prove(unit, known)
+        faults.point("evict.proven")
+        if self.live(unit):  # told by markers that are in `known`: what changes them from here on is noticed
+            raise Refused(f"{unit.uuid}: not evicted: it has just become live; wait until the run has finished")
+        self._core.settle()  # our own descriptors would look like somebody's
+        with Leases(unit.uuid, unit.base, writable=unit.evicted) as leases:
+            leases.take(known)
+            faults.point("evict.leased")
+            if unit.evicted:
+                freed, sure = self._drop_cached(unit, known, leases, proof), False
+            else:
+                freed, sure = self._exchange(unit, known, leases, sequence, proof)
+        if not sure:
             self._look_again(unit, known)  # not under the leases, which it would break
-            return Evicted(unit.uuid, freed, len(known), proof)
+        return Evicted(unit.uuid, freed, len(known), proof)
+
+    def _sequence(self, unit: Unit) -> int:
+        with self._turns.away():
+            return self._core.sequence(unit)
 
     def _settled(self, unit: Unit) -> dict[bytes, Known]:
         """What the unit holds, all of it in every home."""
@@ -124,43 +138,63 @@ class Evictor(Prover, Restorer):
         leases: Leases,
         sequence: int,
         proof: Mapping[str, Any],
-    ) -> int:
-        before = shadow.used_bytes(unit.directory)
-        place = unit.shadow
-        kept = shadow.build(place, known, self._keeps, unit.directory, leases.descriptors())
-        aside = set_aside_name(unit)
+    ) -> tuple[int, bool]:
+        """Let the link take the directory's place, and remove what was there. The bytes freed, and whether what stands
+        in the shadow is surely what was built."""
+        place, aside = unit.shadow, set_aside_name(unit)
+        built = shadow.build(place, known, self._keeps, unit.directory, leases.descriptors(), self._finish_new)
         row = self._row(unit, State.EVICTING, aside, known)
         faults.point("evict.built")
         try:
-            self._sync(place, leases, kept)
+            self._sync(place, known, leases, built)
             quietly_remove(aside)
             os.symlink(link_of(unit.directory, self._core.link, unit.uuid), aside)
-            linux.sync_directory(os.path.dirname(aside))
+            self._sync_directory(os.path.dirname(aside))
             faults.point("evict.linked")
-            self._core.commit(lambda: self._switch(unit, known, kept, leases, row, sequence))
+            self._core.units.enter(unit, State.EVICTING, row)
+            faults.point("evict.intended")
+            with self._turns.away():
+                self._core.commit(lambda: self._switch(unit, known, built.kept, leases, row, sequence))
         except BaseException:
             self._roll_back(unit, aside, place)
             raise
-        linux.sync_directory(os.path.dirname(aside))
-        self._show_times(unit, known)
-        freed = max(before - shadow.used_bytes(place), 0)
+        self._sync_directory(os.path.dirname(aside))
+        self._show_times(known, built)
+        freed = max(leases.used_bytes - built.used_bytes, 0)
         faults.point("evict.entered")
-        self._receipt(unit, known, freed, proof)
+        with self._core.journal.transaction():
+            self._core.journal.set_unit(replace(row, state=State.EVICTED.value))
+            self._receipt(unit, known, freed, proof)
         faults.point("evict.receipted")
-        if self._discard(unit, aside, known, leases.descriptors()):
+        done = self._discard(unit, aside, known, leases.descriptors(), built.kept)
+        sure = done and _settle_kept(known, leases, built)
+        if done:
             faults.point("evict.discarded")
-            self._core.journal.set_unit(self._row(unit, State.EVICTED, b"", known))
-        return freed
+            self._show_times(known, built)
+            with self._core.journal.transaction():
+                self._core.journal.set_unit(self._row(unit, State.EVICTED, b"", known))
+                if sure:
+                    self._core.journal.place_known(unit.uuid, built.made)
+        return freed, sure
 
-    def _sync(self, place: bytes, leases: Leases, kept: Mapping[bytes, int]) -> None:
-        """Make the shadow durable. What is linked into it is under our lease: opening it again would break that."""
-        device, linked = os.stat(place).st_dev, set()
-        for path, fd in leases.descriptors().items():
-            status = os.fstat(fd)
-            if (status.st_dev, status.st_ino) == (device, kept.get(path)):
-                os.fsync(fd)
-                linked.add(status.st_ino)
-        shadow.sync(place, linked)
+    def _finish_new(self, fresh: Sequence[int]) -> None:
+        """Make files durable that were just made, and close them: several at once, which a disk takes as one."""
+        with self._turns.away():
+            for _done in self._syncs.map(_sync_and_close, [fresh[first::_SYNCS] for first in range(_SYNCS)]):
+                pass
+
+    def _sync(self, place: bytes, known: Mapping[bytes, Known], leases: Leases, built: shadow.Built) -> None:
+        """Make durable what was linked into the shadow (by our descriptors: opening it again would break our leases),
+        and all names in it."""
+        with self._turns.away():
+            for path, inode in built.kept.items():
+                if inode == known[path].inode:  # else it was copied
+                    os.fsync(leases.descriptors()[path])
+            shadow.sync_directories(place, (path for path, item in known.items() if item.file.kind == "directory"))
+
+    def _sync_directory(self, path: bytes) -> None:
+        with self._turns.away():
+            linux.sync_directory(path)
 
     def _switch(
         self,
@@ -171,15 +205,13 @@ class Evictor(Prover, Restorer):
         row: UnitRow,
         sequence: int,
     ) -> None:
-        """The moment itself: compare for the last time, record the intent, exchange."""
+        """The moment itself: compare for the last time, and exchange. The journal knows the intent."""
         if unit.handles or unit.sequence != sequence or not leases.held():
             raise Refused(f"{unit.uuid}: not evicted: it came into use just now; try again when it is quiet")
         _compare(unit, known, kept)
-        self._core.units.enter(unit, State.EVICTING, row)
-        faults.point("evict.intended")
         linux.exchange(unit.directory, row.aside)
         faults.point("evict.exchanged")
-        self._core.units.enter(unit, State.EVICTED, replace(row, state=State.EVICTED.value))
+        self._core.units.exchanged(unit)
 
     def _roll_back(self, unit: Unit, aside: bytes, place: bytes) -> None:
         if os.path.islink(unit.directory):
@@ -189,11 +221,14 @@ class Evictor(Prover, Restorer):
         if unit.state is State.EVICTING:
             self._core.units.enter(unit, State.RESIDENT, None)
 
-    def _show_times(self, unit: Unit, known: Mapping[bytes, Known]) -> None:
+    def _show_times(self, known: Mapping[bytes, Known], built: shadow.Built) -> None:
         """A file's ctime changed by our own doing; readers go on seeing what it was."""
-        for seen in walk(unit.shadow):
-            if seen.path in known and known[seen.path].ctime_ns:
-                self._core.show_ctime(seen.status, known[seen.path].ctime_ns)
+        shown = (
+            (inode, ctime_ns, known[path].ctime_ns)
+            for path, (inode, ctime_ns) in built.made.items()
+            if known[path].ctime_ns
+        )
+        self._core.show_ctimes(built.device, shown)
 
     def _drop_cached(self, unit: Unit, known: Mapping[bytes, Known], leases: Leases, proof: Mapping[str, Any]) -> int:
         """The record is evicted already: drop what came back for reading."""
@@ -210,6 +245,29 @@ class Evictor(Prover, Restorer):
         for tell in self._core.content_changed:
             tell(unit)
         return freed
+
+
+def _sync_and_close(descriptors: Sequence[int]) -> None:
+    with ExitStack() as stack:
+        for fd in descriptors:
+            stack.callback(os.close, fd)
+        for fd in descriptors:
+            os.fsync(fd)
+
+
+def _settle_kept(known: Mapping[bytes, Known], leases: Leases, built: shadow.Built) -> bool:
+    """Note what kept files are now that their other names are gone; whether they are still what was proven, and nobody
+    came to open one. Who comes later comes through the mount."""
+    for path, inode in built.kept.items():
+        if inode != known[path].inode:
+            continue  # a copy of ours
+        fd, file = leases.descriptors()[path], known[path].file
+        status = os.fstat(fd)
+        now = (stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid, status.st_size, status.st_mtime_ns)
+        if now != (file.mode, file.uid, file.gid, file.size, file.mtime_ns) or not linux.lease_held(fd):
+            return False
+        built.made[path] = (inode, status.st_ctime_ns)
+    return True
 
 
 def _check_lengths(unit: Unit, known: Mapping[bytes, Known]) -> None:

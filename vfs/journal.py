@@ -296,6 +296,14 @@ class Journal(VersionRows):
             )  # fmt: skip
             self._add_contents(db, contents)
 
+    def place_known(self, uuid: str, places: Mapping[bytes, tuple[int, int]]) -> None:
+        """The files of a unit are other inodes now, by our own doing: (inode, ctime in ns) by path."""
+        with self.transaction() as db:
+            db.executemany(
+                "UPDATE files SET inode=?, ctime_ns=? WHERE uuid=? AND path=?",
+                ((inode, ctime_ns, uuid, path) for path, (inode, ctime_ns) in places.items()),
+            )
+
     @staticmethod
     def _add_contents(db: apsw.Connection, contents: Iterable[Content]) -> None:
         db.executemany(

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from vfs import cache, linux
 from vfs.errors import Refused
 from vfs.journal import Known
-from vfs.scan import Seen, open_file
+from vfs.parents import Parents
+from vfs.scan import Seen
 
 _SPARE_DESCRIPTORS = 256  # for everything else the process does meanwhile
 
@@ -24,6 +25,7 @@ class Leases:
         self._writable = writable  # for files of ours: opening one again under a lease would break it
         self._root = root
         self._held: dict[bytes, int] = {}
+        self.used_bytes = 0  # of the disk, by what is leased
 
     def __enter__(self) -> "Leases":
         return self
@@ -42,15 +44,16 @@ class Leases:
                 f"{self._uuid} has {len(files):,} files, more than this process may hold open while it checks them; "
                 "raise the limit (ulimit -n, LimitNOFILE=) and mount again"
             )
-        for path, item in files.items():
-            self._take_one(path, item)
+        with Parents(self._root) as parents:
+            for path, item in files.items():
+                self._take_one(parents, path, item)
 
-    def _take_one(self, path: bytes, item: Known) -> None:
-        shown = os.fsdecode(path)
+    def _take_one(self, parents: Parents, path: bytes, item: Known) -> None:
         try:
-            fd = open_file(self._root, path, os.O_RDONLY)
+            directory, name = parents.of(path)
+            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
         except FileNotFoundError:
-            raise Refused(f"{self._uuid}: not evicted: {shown} was removed just now; try again") from None
+            raise Refused(f"{self._uuid}: not evicted: {_shown(path)} was removed just now; try again") from None
         if self._writable:
             own = cache.open_writable(fd)
             os.close(fd)
@@ -61,7 +64,7 @@ class Leases:
         except OSError as error:
             if error.errno in (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.EACCES):
                 raise Refused(
-                    f"{self._uuid}: not evicted: the file system cannot tell whether {shown} is open "
+                    f"{self._uuid}: not evicted: the file system cannot tell whether {_shown(path)} is open "
                     f"({error.strerror}); only the owner of the files, or root, can evict them"
                 ) from error
             raise
@@ -69,9 +72,12 @@ class Leases:
         if not free:
             owners = linux.owners_of(status.st_dev, status.st_ino)
             who = ", ".join(f"{name}[{pid}]" for pid, name in owners[:3]) or "some process"
-            raise Refused(f"{self._uuid}: not evicted: {shown} is open in {who}; close it and try again")
+            raise Refused(f"{self._uuid}: not evicted: {_shown(path)} is open in {who}; close it and try again")
         if not Seen(path, status).matches(item):
-            raise Refused(f"{self._uuid}: not evicted: {shown} changed since it was pushed; runfs push {self._uuid}")
+            raise Refused(
+                f"{self._uuid}: not evicted: {_shown(path)} changed since it was pushed; runfs push {self._uuid}"
+            )
+        self.used_bytes += status.st_blocks * 512
 
     def held(self) -> bool:
         """Whether nobody has tried to open any of them since."""
@@ -79,3 +85,7 @@ class Leases:
 
     def descriptors(self) -> Mapping[bytes, int]:
         return self._held
+
+
+def _shown(path: bytes) -> str:
+    return os.fsdecode(path)

@@ -17,7 +17,9 @@ import base64
 import binascii
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
+from operator import attrgetter
 from typing import Any
 
 from blake3 import blake3
@@ -32,6 +34,8 @@ DIGEST = 32
 KINDS = ("file", "directory", "symlink", "other")
 NOTES_MOST = 16384  # characters of a version's notes
 NUMBER_MOST = 2**62  # there must be numbers after it
+
+_REMEMBERED_MOST = 256 << 10  # bytes of a manifest; it takes some ten times as much when it is parsed
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +186,17 @@ def parse(data: bytes, uuid: str | None = None) -> Manifest:
         raise ManifestError(f"the manifest contradicts itself: {error!r}") from error
 
 
+def parse_ours(data: bytes, uuid: str) -> Manifest:
+    """The same of a manifest that our own journal keeps. Small ones are remembered for a moment: one move of a record
+    asks several times."""
+    return _remembered(data, uuid) if len(data) <= _REMEMBERED_MOST else parse(data, uuid)
+
+
+@lru_cache(maxsize=8)
+def _remembered(data: bytes, uuid: str) -> Manifest:
+    return parse(data, uuid)
+
+
 def _parse_body(body: dict[str, Any]) -> Manifest:
     raw = body["files"]
     contents: dict[bytes, Content] = {}
@@ -223,22 +238,17 @@ def _parse_file(item: dict[str, Any], contents: dict[bytes, Content]) -> File:
     kind = item["kind"]
     if kind not in KINDS:
         raise ManifestError(f"unknown kind {kind!r}")
-    file = File(
-        path,
-        kind,
-        _whole(item, "mode") & 0o7777,
-        _whole(item, "mtime_ns", -(2**63)),
-        uid=_whole({"uid": 0, **item}, "uid", 0, 2**32 - 2),
-        gid=_whole({"gid": 0, **item}, "gid", 0, 2**32 - 2),
-        attributes=_attributes(item.get("attributes", {})),
-    )
+    mode, mtime_ns = _whole(item, "mode") & 0o7777, _whole(item, "mtime_ns", -(2**63))
+    uid = _whole(item, "uid", 0, 2**32 - 2) if "uid" in item else 0
+    gid = _whole(item, "gid", 0, 2**32 - 2) if "gid" in item else 0
+    attributes = _attributes(item["attributes"]) if "attributes" in item else ()
     if kind == "symlink":
         target = _bytes(item["target"], "a link's target")
         if not 0 < len(target) < 4096 or b"\0" in target:
             raise ManifestError(f"{path!r}: not a target a link can have")
-        return replace(file, target=target)
+        return File(path, kind, mode, mtime_ns, 0, b"", "", target, uid, gid, b"", attributes)
     if kind != "file":
-        return file
+        return File(path, kind, mode, mtime_ns, 0, b"", "", b"", uid, gid, b"", attributes)
     size, digest = _whole(item, "size"), bytes.fromhex(item["digest"])
     chunks = base64.b64decode(item["chunks"], validate=True) if "chunks" in item else (digest if size else b"")
     if len(digest) != DIGEST or len(chunks) != chunk_count(size) * DIGEST or (0 < size <= CHUNK and chunks != digest):
@@ -248,7 +258,7 @@ def _parse_file(item: dict[str, Any], contents: dict[bytes, Content]) -> File:
     content = Content(digest, size, chunks)
     if contents.setdefault(digest, content) != content:
         raise ManifestError(f"{path!r}: one digest stands for two contents")
-    return replace(file, size=size, digest=digest, key=item["key"])
+    return File(path, kind, mode, mtime_ns, size, digest, item["key"], b"", uid, gid, b"", attributes)
 
 
 def _attributes(item: Mapping[str, str]) -> tuple[tuple[str, bytes], ...]:
@@ -275,7 +285,14 @@ def check_tree(files: Iterable[File]) -> None:
 
 def same_tree(one: Manifest, other: Manifest) -> bool:
     """Whether two manifests describe the same files; object keys and generations may differ."""
-    return [replace(f, key="") for f in one.files] == [replace(f, key="") for f in other.files]
+    return len(one.files) == len(other.files) and all(map(_same_file, one.files, other.files))
+
+
+def _same_file(one: File, other: File) -> bool:
+    return _BUT_KEY(one) == _BUT_KEY(other)
+
+
+_BUT_KEY = attrgetter(*(each.name for each in fields(File) if each.name != "key"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from vfs.journal import Known, Replica, UnitRow
 from vfs.living import live_record, records_in
 from vfs.push import Pusher
 from vfs.residency import State
+from vfs.turns import Turns
 from vfs.units import Unit
 
 log = logging.getLogger(__name__)
@@ -36,9 +37,12 @@ class Moving:
         self._pusher = pusher
         self._hydrator = hydrator
         self._pool = ThreadPoolExecutor(8, "prove")
+        self._syncs = ThreadPoolExecutor(32, "sync")
+        self._turns = Turns()
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        for pool in (self._pool, self._syncs):
+            pool.shutdown(wait=True, cancel_futures=True)
 
     def live(self, unit: Unit) -> str | None:
         """The uuid of the unit or a nested record whose run is live."""
@@ -57,14 +61,19 @@ class Moving:
             self._core.units.mark_dirty(unit, "changed while it was evicted")
 
     def _discard(
-        self, unit: Unit, aside: bytes, known: Mapping[bytes, Known], leased: Mapping[bytes, int] | None = None
+        self,
+        unit: Unit,
+        aside: bytes,
+        known: Mapping[bytes, Known],
+        leased: Mapping[bytes, int] | None = None,
+        kept: Mapping[bytes, int] | None = None,
     ) -> bool:
         """Remove what was set aside; False when something in it is in use and left for later."""
 
         def rescued() -> None:
             self._core.units.mark_dirty(unit, "changed while it was evicted")
 
-        done = Discard(aside, unit.shadow, known, leased or {}, rescued).run()
+        done = Discard(aside, unit.shadow, known, leased or {}, rescued, kept).run()
         if not done:
             log.warning("%s: something in %s is in use; it is looked at again later", unit.uuid, os.fsdecode(aside))
         return done
@@ -74,10 +83,27 @@ class Moving:
         row = self._core.journal.unit(unit.uuid) if unit.evicted else None
         if row is None or not row.aside:
             return
-        if not self._discard(unit, row.aside, self._core.journal.known(unit.uuid)):
+        known = self._core.journal.known(unit.uuid)
+        if row.state == State.EVICTING.value:  # the journal could not be written to after the exchange
+            self._late_receipt(unit, row, known)
+        if not self._discard(unit, row.aside, known):
             left = os.fsdecode(row.aside)
             raise Refused(f"{unit.uuid}: {left} is still being written to; try again when it is closed")
-        self._core.journal.set_unit(replace(row, aside=b""))
+        self._core.journal.set_unit(replace(row, state=State.EVICTED.value, aside=b""))
+
+    def _late_receipt(self, unit: Unit, row: UnitRow, known: Mapping[bytes, Known]) -> None:
+        """The receipt of an eviction that was interrupted before it wrote one."""
+        last = self._core.journal.receipts(unit.uuid, 1)
+        if last and last[0]["what"] == "evict" and last[0]["at_ns"] >= row.at_ns:
+            return
+        proof: dict[str, Any] = {}
+        digests = {item.file.digest for item in known.values() if item.file.kind == "file"}
+        for home in self._core.homes:
+            replicas = self._core.journal.replicas_of(unit.uuid, home.name)
+            if digests <= replicas.keys() and all(replicas[digest].proven_ns for digest in digests):
+                found = [replicas[digest] for digest in digests]
+                proof[home.name] = said(found)
+        self._receipt(unit, known, row.bytes, proof)
 
     def _receipt(self, unit: Unit, known: Mapping[bytes, Known], freed: int, proof: Mapping[str, Any]) -> None:
         digest = blake3(b"".join(item.file.digest for item in known.values())).hexdigest()

@@ -14,7 +14,7 @@ from vfs.core import Home, manifest_key
 from vfs.errors import DamagedRecord, NotFound, Refused, RunfsError, WrongBytes
 from vfs.hydrate import read_back
 from vfs.journal import Known, Replica
-from vfs.manifest import Manifest, parse
+from vfs.manifest import Manifest, parse_ours
 from vfs.moving import Moving, said
 from vfs.units import Unit
 
@@ -45,11 +45,11 @@ class Prover(Moving):
         row = self._core.journal.home(unit.uuid, home.name)
         if row is None:
             raise Refused(f"it was not pushed there yet; runfs push {unit.uuid}")
-        published = parse(row.manifest, unit.uuid)
+        published = parse_ours(row.manifest, unit.uuid)
         _covers(published, known)
         oldest = time.time_ns() - int(self._core.settings.proof.max_age * 1e9)
         try:
-            with home.watched():
+            with self._turns.away(), home.watched():
                 body = home.store().read(manifest_key(unit.uuid))
         except NotFound:
             self._doubt(unit, home)
@@ -63,7 +63,8 @@ class Prover(Moving):
         if not wanted <= replicas.keys():
             raise Refused(f"it lacks some of its bytes; runfs push {unit.uuid}")
         stale = [replicas[digest] for digest in wanted if replicas[digest].proven_ns < oldest]
-        fresh = list(self._pool.map(lambda replica: self._prove_replica(home, replica), stale))
+        with self._turns.away():
+            fresh = list(self._pool.map(lambda replica: self._prove_replica(home, replica), stale))
         self._core.journal.set_replicas(fresh)
         replicas |= {replica.digest: replica for replica in fresh}
         return said([replicas[digest] for digest in wanted])

@@ -31,7 +31,7 @@ from vfs.hydrate import Hydrator
 from vfs.journal import Home as HomeRow
 from vfs.journal import Known, Replica
 from vfs.living import live_record
-from vfs.manifest import Content, File, Manifest, Merge, dump, merge, parse
+from vfs.manifest import Content, File, Manifest, Merge, dump, merge, parse, parse_ours
 from vfs.scan import Changing, Scan, open_file, walk
 from vfs.scan import scan as scan_unit
 from vfs.taking import take
@@ -94,7 +94,12 @@ class Pusher:
             finally:
                 os.close(fd)
 
-        found = scan_unit(unit.base, before, content=self._core.content, hydrate=hydrate)
+        contents = self._core.journal.contents_of(unit.uuid)
+
+        def content(digest: bytes) -> Content | None:
+            return contents.get(digest) or self._core.content(digest)
+
+        found = scan_unit(unit.base, before, content=content, hydrate=hydrate)
         if found.changed or len(found.known) != len(before):
             self._core.journal.replace_known(unit.uuid, found.known, found.contents.values())
         return found
@@ -173,7 +178,7 @@ class Pusher:
         began = time.monotonic()
         journal = self._core.journal
         row = journal.home(unit.uuid, home.name)
-        previous = parse(row.manifest, unit.uuid) if row else their_manifest(home, unit.uuid)
+        previous = parse_ours(row.manifest, unit.uuid) if row else their_manifest(home, unit.uuid)
         contents = {**journal.contents_of(unit.uuid), **found.contents}
         have, unsure = self._have(unit, home, found, previous)
         lacking = lacking_in(found.files, have)

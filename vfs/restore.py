@@ -14,9 +14,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 from vfs import cache, faults, linux, shadow
 from vfs.core import Home, manifest_key, quietly_remove
@@ -24,7 +23,7 @@ from vfs.errors import NotFound, Refused, RunfsError
 from vfs.journal import Home as HomeRow
 from vfs.journal import Known, Replica, UnitRow
 from vfs.manifest import Manifest, parse
-from vfs.moving import Moving, is_directory, said
+from vfs.moving import Moving, is_directory
 from vfs.push import rows_digest
 from vfs.residency import RECOVERY, State
 from vfs.scan import open_file, walk
@@ -163,20 +162,6 @@ class Restorer(Moving):
         if not done:
             return f"{unit.uuid}: the record is evicted; {os.fsdecode(row.aside)} is in use and looked at again later"
         return f"{unit.uuid}: an interrupted move was finished; the record is evicted"
-
-    def _late_receipt(self, unit: Unit, row: UnitRow, known: Mapping[bytes, Known]) -> None:
-        """The receipt of an eviction that was interrupted before it wrote one."""
-        last = self._core.journal.receipts(unit.uuid, 1)
-        if last and last[0]["what"] == "evict" and last[0]["at_ns"] >= row.at_ns:
-            return
-        proof: dict[str, Any] = {}
-        digests = {item.file.digest for item in known.values() if item.file.kind == "file"}
-        for home in self._core.homes:
-            replicas = self._core.journal.replicas_of(unit.uuid, home.name)
-            if digests <= replicas.keys() and all(replicas[digest].proven_ns for digest in digests):
-                found = [replicas[digest] for digest in digests]
-                proof[home.name] = said(found)
-        self._receipt(unit, known, row.bytes, proof)
 
     def reclaim(self, unit: Unit) -> bool:
         """Take a record up again whose directory is gone, or is a link of ours nobody remembers (the journal was lost):

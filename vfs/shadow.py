@@ -7,14 +7,18 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 
 from vfs import cache, linux
 from vfs.errors import Full
 from vfs.journal import Known
 from vfs.manifest import File
+from vfs.parents import Parents
 from vfs.scan import kind_of
+
+_AT_ONCE = 64  # new files that are open at a time
 
 
 def parent_of(root: bytes, path: bytes) -> tuple[int, bytes]:
@@ -56,11 +60,18 @@ def _make(directory: int, name: bytes, file: File) -> int | None:
         linux.give_mode(directory, name, file.mode)
         return None
     fd = cache.make_placeholder(directory, name, file.digest, file.size, file.mode)
-    for attribute, value in file.attributes:
-        os.setxattr(fd, attribute, value)
-    _own(directory, name, file)
-    os.fchmod(fd, file.mode)  # again: a change of owner clears set-id bits
-    os.utime(fd, ns=(file.mtime_ns, file.mtime_ns))
+    try:
+        for attribute, value in file.attributes:
+            os.setxattr(fd, attribute, value)
+        if os.geteuid() == 0:
+            status = os.fstat(fd)
+            if (status.st_uid, status.st_gid) != (file.uid, file.gid):
+                os.fchown(fd, file.uid, file.gid)
+                os.fchmod(fd, file.mode)  # again: a change of owner clears set-id bits
+        os.utime(fd, ns=(file.mtime_ns, file.mtime_ns))
+    except BaseException:
+        os.close(fd)
+        raise
     return fd
 
 
@@ -69,45 +80,81 @@ def _own(directory: int, name: bytes, file: File) -> None:
         os.chown(name, file.uid, file.gid, dir_fd=directory, follow_symlinks=False)
 
 
+@dataclass(slots=True)
+class Built:
+    """What was made: the inode of each kept file, by path; (inode, ctime in ns) of everything; bytes on the disk."""
+
+    device: int = 0
+    kept: dict[bytes, int] = field(default_factory=dict)
+    made: dict[bytes, tuple[int, int]] = field(default_factory=dict)
+    used_bytes: int = 0
+
+    def add(self, path: bytes, status: os.stat_result) -> None:
+        self.made[path] = (status.st_ino, status.st_ctime_ns)
+        self.used_bytes += status.st_blocks * 512
+
+
+def _close_all(descriptors: Sequence[int]) -> None:
+    for fd in descriptors:
+        os.close(fd)
+
+
 def build(
     shadow: bytes,
     known: Mapping[bytes, Known],
     keep: Callable[[File], bool],
     source: bytes | None,
     opened: Mapping[bytes, int] | None = None,
-) -> dict[bytes, int]:
+    finish: Callable[[Sequence[int]], None] = _close_all,
+) -> Built:
     """Make the shadow of a unit: files that `keep` says are taken from `source` (linked, or copied where it is another
-    file system), all others become placeholders. Returns the inode of each kept file, by path.
+    file system), all others become placeholders.
 
     `opened` are descriptors of files under a lease of ours: opening one of those again would wait for the lease.
+    `finish` is given what was made anew, so many open files at a time, to close, and to sync if that is wanted.
     A shadow left by an earlier attempt is replaced. Raises Full, OSError.
     """
     remove(shadow)
     os.makedirs(os.path.dirname(shadow), mode=0o700, exist_ok=True)
     os.mkdir(shadow, 0o700)
-    kept: dict[bytes, int] = {}
+    built = Built(os.stat(shadow).st_dev)
     try:
-        for path, item in sorted(known.items(), key=lambda pair: (bool(pair[1].file.same), pair[0])):
-            file = item.file  # second names of a file after all first ones
-            if file.same and file.same in known:
-                _link(shadow, file.same, shadow, path)
-            elif source is not None and file.kind == "file" and keep(file):
-                kept[path] = _keep(source, shadow, path, (opened or {}).get(path))
-            elif source is not None and file.kind == "other":
-                _link(source, path, shadow, path)
-            else:
-                fd = add_file(shadow, file)
-                if fd is not None:
-                    os.close(fd)
+        with ExitStack() as stack:
+            here = stack.enter_context(Parents(shadow))
+            there = stack.enter_context(Parents(source)) if source is not None else None
+            fresh: list[int] = []
+            stack.callback(lambda: finish(fresh))
+            for path, item in sorted(known.items(), key=lambda pair: (bool(pair[1].file.same), pair[0])):
+                file = item.file  # second names of a file after all first ones
+                if file.same and file.same in known:
+                    _link(shadow, file.same, shadow, path)
+                elif there is not None and file.kind == "file" and keep(file):
+                    status = _keep(there, here, path, fresh, (opened or {}).get(path))
+                    built.kept[path] = status.st_ino
+                    built.add(path, status)
+                elif there is not None and file.kind == "other":
+                    _link_at(there, here, path)
+                else:
+                    fd = _make(*here.of(path), file)
+                    if fd is not None:
+                        fresh.append(fd)
+                        built.add(path, os.fstat(fd))
+                if len(fresh) >= _AT_ONCE:
+                    finish(fresh)
+                    fresh.clear()
         settle_directories(shadow, (item.file for item in known.values()))
         if source is not None:
             shutil.copystat(source, shadow, follow_symlinks=False)
+        linked = {item.file.same for item in known.values() if item.file.same in known}
+        for path in (known.keys() - built.made.keys()) | linked:
+            status = os.lstat(os.path.join(shadow, path))
+            built.made[path] = (status.st_ino, status.st_ctime_ns)
     except OSError as error:
         remove(shadow)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise Full(f"no space for the names of an evicted record in {os.fsdecode(shadow)}") from error
         raise
-    return kept
+    return built
 
 
 def settle_directories(root: bytes, files: Iterable[File]) -> None:
@@ -120,21 +167,22 @@ def settle_directories(root: bytes, files: Iterable[File]) -> None:
             os.close(directory)
 
 
-def _keep(source: bytes, shadow: bytes, path: bytes, opened: int | None = None) -> int:
+def _keep(source: Parents, target: Parents, path: bytes, fresh: list[int], opened: int | None = None) -> os.stat_result:
+    """Link a file into a shadow, or copy it and add the open copy to `fresh`."""
     try:
-        _link(source, path, shadow, path)
+        _link_at(source, target, path)
     except OSError as error:
         if error.errno not in (errno.EXDEV, errno.EMLINK, errno.EPERM):
             raise
-        if opened is None:
-            copy_file(source, shadow, path)
-        else:
-            _copy_opened(opened, shadow, path)
-    directory, name = parent_of(shadow, path)
-    try:
-        return os.stat(name, dir_fd=directory, follow_symlinks=False).st_ino
-    finally:
-        os.close(directory)
+        fresh.append(_copy_at(source, target, path, opened))
+    directory, name = target.of(path)
+    return os.stat(name, dir_fd=directory, follow_symlinks=False)
+
+
+def _link_at(source: Parents, target: Parents, path: bytes) -> None:
+    source_fd, name = source.of(path)
+    target_fd, _name = target.of(path)
+    os.link(name, name, src_dir_fd=source_fd, dst_dir_fd=target_fd, follow_symlinks=False)
 
 
 def _link(source_root: bytes, source: bytes, target_root: bytes, target: bytes) -> None:
@@ -149,35 +197,28 @@ def _link(source_root: bytes, source: bytes, target_root: bytes, target: bytes) 
         os.close(source_fd)
 
 
-def copy_file(source_root: bytes, target_root: bytes, path: bytes) -> None:
-    """Copy one file with mode, owner, times and attributes, following no link."""
-    source_fd, name = parent_of(source_root, path)
-    target_fd, _name = parent_of(target_root, path)
+def _copy_at(source: Parents, target: Parents, path: bytes, opened: int | None) -> int:
+    """Copy one file with mode, owner, times and attributes, following no link; the open copy."""
+    directory, name = source.of(path)
+    fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory) if opened is None else opened
     try:
-        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=source_fd)
-        try:
-            _copy_to(fd, name, target_fd)
-        finally:
+        directory, name = target.of(path)
+        return _copy(fd, name, directory)
+    finally:
+        if opened is None:
             os.close(fd)
-    finally:
-        os.close(source_fd)
-        os.close(target_fd)
-
-
-def _copy_opened(fd: int, root: bytes, path: bytes) -> None:
-    directory, name = parent_of(root, path)
-    try:
-        _copy_to(fd, name, directory)
-    finally:
-        os.close(directory)
 
 
 def copy_to(fd: int, target: bytes) -> None:
     """Copy an open file, all of it and synced, to a new name. Raises FileExistsError."""
-    _copy_to(fd, target, None, sync=True)
+    out = _copy(fd, target, None)
+    try:
+        os.fsync(out)
+    finally:
+        os.close(out)
 
 
-def _copy_to(fd: int, name: bytes, directory: int | None, *, sync: bool = False) -> None:
+def _copy(fd: int, name: bytes, directory: int | None) -> int:
     out = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=directory)
     try:
         status = os.fstat(fd)
@@ -188,10 +229,10 @@ def _copy_to(fd: int, name: bytes, directory: int | None, *, sync: bool = False)
         for attribute, value in cache.user_attributes(fd):
             os.setxattr(out, attribute, value)
         os.utime(out, ns=(status.st_atime_ns, status.st_mtime_ns))
-        if sync:
-            os.fsync(out)
-    finally:
+    except BaseException:
         os.close(out)
+        raise
+    return out
 
 
 def _copy_bytes(fd: int, out: int, size: int) -> None:
@@ -224,15 +265,18 @@ def copy_whole(source: bytes, target: bytes, known: Iterable[File]) -> None:
     for file in files:
         if file.kind == "directory":
             add_file(target, file)
-    for file in files:
-        if file.kind == "directory":
-            continue
-        if file.same:
-            _link(target, file.same, target, file.path)
-        elif file.kind == "symlink":
-            add_file(target, file)
-        else:
-            _keep(source, target, file.path)
+    with Parents(source) as there, Parents(target) as here:
+        for file in files:
+            if file.kind == "directory":
+                continue
+            if file.same:
+                _link(target, file.same, target, file.path)
+            elif file.kind == "symlink":
+                add_file(target, file)
+            else:
+                copied: list[int] = []
+                _keep(there, here, file.path, copied)
+                _close_all(copied)
     settle_directories(target, files)
     shutil.copystat(source, target, follow_symlinks=False)
 
@@ -243,23 +287,24 @@ def remove(tree: bytes) -> None:
         shutil.rmtree(tree)
 
 
-def sync(tree: bytes, without: Collection[int] = ()) -> None:
-    """Make a tree durable, file by file: syncing the file system would wait for everything anybody has written to it.
-
-    `without`: inodes the caller has synced, whatever names they have. The first sync commits the names and attributes
-    of all of them.
-    """
+def sync(tree: bytes) -> None:
+    """Make a tree durable, file by file: syncing the file system would wait for all that anybody has written to it."""
     for directory, subdirectories, files in os.walk(tree):
         for name in [*files, *subdirectories]:
             path = os.path.join(directory, name)
             status = os.lstat(path)
-            if status.st_ino not in without and kind_of(status.st_mode) in ("file", "directory"):
+            if kind_of(status.st_mode) in ("file", "directory"):
                 fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
                 try:
                     os.fsync(fd)
                 finally:
                     os.close(fd)
-    for path in (tree, os.path.dirname(tree)):
+    sync_directories(tree, ())
+
+
+def sync_directories(tree: bytes, below: Iterable[bytes]) -> None:
+    """Make the names in a tree durable: those in its directories `below`, in itself, and its own."""
+    for path in (*(os.path.join(tree, each) for each in below), tree, os.path.dirname(tree)):
         linux.sync_directory(path)
 
 

@@ -268,11 +268,20 @@ class Units:
             self._journal.drop_unit(unit.uuid)
         else:
             self._journal.set_unit(row)
+        self._take_state(unit, state)
+
+    def _take_state(self, unit: Unit, state: State) -> None:
         with self._lock:
             unit.state = state
             unit.epoch += 1
         for tell in self.moved:
             tell(unit)
+
+    def exchanged(self, unit: Unit) -> None:
+        """The files of a unit that was being evicted have moved. The journal need not be told at once: with the link
+        in place, its intent is finished after a crash."""
+        assert unit.state is State.EVICTING
+        self._take_state(unit, State.EVICTED)
 
 
 def relative_to(root: bytes, nested: bytes, root_uuid: str, uuid: str) -> bytes:

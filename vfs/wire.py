@@ -14,7 +14,7 @@ Order that makes this so: contents, then the manifest, which is the one commit p
 import logging
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from vfs import faults
@@ -231,8 +231,13 @@ def _compare(store: Store, key: str, body: bytes, base: Manifest | None) -> None
 
 def with_keys(files: Iterable[File], keys_of: Mapping[bytes, str]) -> tuple[File, ...]:
     """The files in order, each with the object that holds its content (`keys_of`: digest -> key)."""
-    keyed = (replace(file, key=keys_of[file.digest]) if file.kind == "file" else file for file in files)
+    keyed = (_with_key(file, keys_of[file.digest]) if file.kind == "file" else file for file in files)
     return tuple(sorted(keyed, key=lambda file: file.path))
+
+
+def _with_key(f: File, key: str) -> File:
+    """dataclasses.replace, which takes three times as long."""
+    return File(f.path, f.kind, f.mode, f.mtime_ns, f.size, f.digest, key, f.target, f.uid, f.gid, f.same, f.attributes)
 
 
 def keys_in(manifest: Manifest | None) -> frozenset[str]:

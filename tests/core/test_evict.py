@@ -35,11 +35,11 @@ from tests.core.making import (
 )
 from vfs.cache import read_header
 from vfs.core import data_key
-from vfs.errors import Refused, UnknownRecord
+from vfs.errors import Full, Refused, UnknownRecord
 from vfs.journal import UnitRow
 from vfs.manifest import CHUNK
 from vfs.residency import State
-from vfs.scan import walk
+from vfs.scan import differs, walk
 from vfs.session import Session
 from vfs.units import set_aside_name
 
@@ -744,6 +744,45 @@ def test_a_link_that_was_removed_while_a_restore_was_interrupted(tmp_path: Path)
 
 
 # --- restore refuses -----------------------------------------------------------------------------------------------
+
+
+def test_a_journal_that_cannot_be_written_after_the_exchange(
+    session: Session, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left is finished by the next eviction in the same session, with its receipt before anything goes."""
+    unit, journal = unit_of(session), session.core.journal
+    written = journal.set_unit
+
+    def full(row: UnitRow) -> None:
+        if row.state == "evicted":
+            raise Full("no space for the journal")
+        written(row)
+
+    monkeypatch.setattr(journal, "set_unit", full)
+    with pytest.raises(Full):
+        session.evictor.evict(unit)
+    monkeypatch.undo()
+    assert unit.state is State.EVICTED
+    assert os.path.isdir(set_aside_name(unit)), "nothing is removed before its receipt"
+    assert everything(session, unit).items() >= FILES.items()
+    session.evictor.evict(unit)
+    assert not os.path.lexists(set_aside_name(unit))
+    row = journal.unit(UUID)
+    assert row is not None
+    assert (row.state, row.aside) == ("evicted", b"")
+    first = [each for each in journal.receipts(UUID) if each["what"] == "evict"][-1]
+    assert first["bytes"] > 0
+    session.evictor.restore(unit)
+    assert contents(place.directory()).items() >= FILES.items()
+
+
+def test_what_was_built_is_known(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an eviction the journal knows the shadow's files by inode and time: nobody has to look at them again."""
+    unit = unit_of(session)
+    os.link(unit.directory + b"/weights.npy", unit.directory + b"/linked.npy")
+    session.evictor.evict(unit)
+    assert not unit.dirty
+    assert differs(unit.shadow, session.core.journal.known(UUID)) == []
 
 
 @pytest.mark.parametrize("kind", ["directory", "file"])
