@@ -8,11 +8,16 @@ forwarded from then on, also on open connections. Threads, so that it works besi
     silent    accept and take everything, never answer
     dribble   answers come at `rate` bytes per second
     cut       an answer is cut, with a reset, after `cut_after` bytes (counted for each connection from when the mode
-    is set) delay     each piece of an answer comes `delay_s` late busy      every request gets 503 Slow Down, and the
-    connection is closed
+              is set)
+    delay     each piece of an answer comes `delay_s` late
+    busy      every request gets 503 Slow Down, and the connection is closed
+    say       requests whose method is in `methods` get `saying`, each with the chance `share`, and the connection is
+              closed; the others pass
+    wrong     a bit in each piece of an answer's body is another one
 """
 
 import contextlib
+import random
 import re
 import socket
 import struct
@@ -25,7 +30,17 @@ BUSY = (
     b"HTTP/1.1 503 Slow Down\r\nContent-Type: application/xml\r\nContent-Length: 59\r\nConnection: close\r\n\r\n"
     b"<Error><Code>SlowDown</Code><Message>busy</Message></Error>"
 )
+METHODS = (b"GET", b"HEAD", b"PUT", b"POST", b"DELETE")
 PIECE = 65536
+
+
+def http_answer(status: str, code: str, *headers: str) -> bytes:
+    """What an S3 server says when it refuses: `status` such as "403 Forbidden", the error's code, more headers."""
+    body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{code}</Message></Error>".encode()
+    lines = [f"HTTP/1.1 {status}", "Content-Type: application/xml", f"Content-Length: {len(body)}", *headers]
+    return "\r\n".join([*lines, "Connection: close", "", ""]).encode() + body
+
+
 _PASSIVE = re.compile(rb"\(127,0,0,1,(\d+),(\d+)\)")
 
 
@@ -39,6 +54,11 @@ class FaultProxy:
         self.rate = 1.0
         self.cut_after = 1000
         self.delay_s = 0.2
+        self.saying = BUSY
+        self.methods: tuple[bytes, ...] = METHODS
+        self.share = 1.0
+        self.said = 0  # requests that were answered with `saying`
+        self._chance = random.Random(1)
         self.accepted = 0
         self.taken = 0
         self.given = 0
@@ -120,7 +140,11 @@ class FaultProxy:
         with contextlib.suppress(OSError):
             while data := source.recv(PIECE):
                 if self.mode == "busy":
-                    self._say_busy(target if answering else source)
+                    self._say(target if answering else source, BUSY)
+                    break
+                if self.mode == "say" and not answering and self._is_meant(data):
+                    self.said += 1
+                    self._say(source, self.saying)
                     break
                 if not answering:
                     self.taken += len(data)
@@ -140,6 +164,8 @@ class FaultProxy:
             return sent + len(data)
         if self.mode == "delay":
             self._stop.wait(self.delay_s)
+        if self.mode == "wrong":
+            data = _other_bit(data)
         while data:
             if self.mode == "silent":
                 return 0
@@ -154,8 +180,14 @@ class FaultProxy:
                 return 0
         return 0
 
-    def _say_busy(self, client: socket.socket) -> None:
-        client.sendall(BUSY)
+    def _is_meant(self, data: bytes) -> bool:
+        """Whether this begins a request that `say` is for."""
+        method = data[:8].partition(b" ")[0]
+        return method in METHODS and method in self.methods and self._chance.random() < self.share
+
+    @staticmethod
+    def _say(client: socket.socket, answer: bytes) -> None:
+        client.sendall(answer)
         client.shutdown(socket.SHUT_WR)
         client.settimeout(1.0)
         end = time.monotonic() + 1.0
@@ -176,6 +208,12 @@ class FaultProxy:
         with contextlib.suppress(OSError):
             connection.shutdown(socket.SHUT_RDWR)
         connection.close()
+
+
+def _other_bit(data: bytes) -> bytes:
+    """The same with one bit of it turned, in the last byte and never in a header."""
+    head = data.find(b"\r\n\r\n") + 4 if data.startswith(b"HTTP/") else 0
+    return data if head >= len(data) else data[:-1] + bytes([data[-1] ^ 1])
 
 
 class FtpFaultProxy(FaultProxy):

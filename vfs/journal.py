@@ -480,6 +480,9 @@ class Journal(VersionRows):
     def set_note(self, name: str, value: str) -> None:
         self._run("INSERT OR REPLACE INTO notes VALUES (?,?)", (name, value))
 
+    def drop_note(self, name: str) -> None:
+        self._run("DELETE FROM notes WHERE name=?", (name,))
+
     # --- receipts ----------------------------------------------------------------------------------------------
 
     def add_receipt(

@@ -5,7 +5,7 @@ import os
 import stat
 from contextlib import suppress
 
-from vfs import linux
+from vfs import faults, linux
 from vfs.access import Access
 from vfs.fstypes import Attributes, Caller
 from vfs.tree import BY, FileNode
@@ -104,7 +104,9 @@ class Names(Access):
         self._named(source)
         self._named(target)
         with self._directory(source) as source_fd, self._directory(target) as fd:
+            faults.point("name.intended")
             linux.rename_at(source_fd, name, fd, new_name, flags)
+            faults.point("name.renamed")
             same = self._same_file(source_fd, name, fd, new_name)
         if same and not flags:
             return  # two names of one file: rename(2) does nothing

@@ -6,7 +6,8 @@ deadline). What a crash leaves at each step:
     digested, not recorded         digested again
     uploaded, not recorded         the object is found, read back and adopted, or the content goes to another key
     recorded, not published        the next push publishes; readers elsewhere see the old record, whole
-    published, not recorded        the publish conflicts with itself; the manifest read from there equals ours: adopted
+    published, not recorded        the publish conflicts with itself; what we meant to publish is known: it is our own,
+                                   and what changed here since goes on top of it
 
 Order that makes this so: contents, then the manifest (the one commit point), then the journal.
 """
@@ -29,7 +30,7 @@ from vfs.errors import NotFound, Refused, RunfsError
 from vfs.events import Event
 from vfs.hydrate import Hydrator
 from vfs.journal import Home as HomeRow
-from vfs.journal import Known, Replica
+from vfs.journal import Journal, Known, Replica
 from vfs.living import live_record
 from vfs.manifest import Content, File, Manifest, Merge, dump, merge, parse, parse_ours
 from vfs.scan import Changing, Scan, open_file, walk
@@ -41,7 +42,7 @@ from vfs.versions import kept as versions
 from vfs.versions import pruning
 from vfs.versions.journal import Transaction
 from vfs.versions.transactions import end_commit, why_held
-from vfs.wire import keys_in, lacking_in, publish, their_manifest, with_keys
+from vfs.wire import Intents, keys_in, lacking_in, publish, their_manifest, with_keys
 
 log = logging.getLogger(__name__)
 
@@ -282,12 +283,14 @@ class Pusher:
         def kept_one(earlier: Manifest) -> None:
             self._core.journal.add_version(home.name, earlier)
 
-        done = publish(home, ours, base, row.version if row else None, merged, kept_one)
+        intents = _Intents(self._core.journal, unit.uuid, home.name)
+        done = publish(home, ours, base, row.version if row else None, merged, kept_one, intents)
         now = time.time_ns()
         home.was_used()
         faults.point("push.read")
         generation, marks = done.manifest.generation, rows_digest(done.manifest.rows)
         self._core.journal.set_home(HomeRow(unit.uuid, home.name, generation, done.version, done.body, marks, now, now))
+        intents.clear()
         pruning.supersede(self._core.journal, home.name, done.dropped, done.manifest)
         return done.clashes
 
@@ -326,6 +329,26 @@ def _settle_times(base: bytes, known: Mapping[bytes, Known]) -> None:
                 os.utime(fd, ns=(seen.status.st_atime_ns, item.file.mtime_ns))
         finally:
             os.close(fd)
+
+
+class _Intents(Intents):
+    """Kept in the journal until the publish is recorded."""
+
+    def __init__(self, journal: Journal, uuid: str, store: str) -> None:
+        self._journal = journal
+        self._name = f"publishing {uuid} {store}"
+        self._before = (journal.note(self._name) or "").split()
+        self._all = list(self._before)
+
+    def add(self, body: bytes) -> None:
+        self._all.append(blake3(body).hexdigest())
+        self._journal.set_note(self._name, " ".join(self._all))
+
+    def has(self, body: bytes) -> bool:
+        return blake3(body).hexdigest() in self._before
+
+    def clear(self) -> None:
+        self._journal.drop_note(self._name)
 
 
 @dataclass(frozen=True, slots=True)

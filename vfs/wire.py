@@ -6,7 +6,8 @@ module. Blocks on stores (each call within its deadline) and on the local disk. 
 
     uploaded, nothing recorded     the object is found, read back and adopted, or the content goes to another key
     contents there, not published  the next push publishes; readers elsewhere see the old record, whole
-    published, not recorded        the publish conflicts with itself; the manifest read from there equals ours: adopted
+    published, not recorded        the publish conflicts with itself; what we meant to publish is known: it is our own,
+                                   and what changed here since goes on top of it
 
 Order that makes this so: contents, then the manifest, which is the one commit point.
 """
@@ -147,6 +148,18 @@ def plain_records(store: Store) -> dict[str, list[Stat]]:
     }
 
 
+class Intents:
+    """What we meant to publish and have not recorded yet, by digest: a process that was killed in between finds its own
+    manifest in the store, which must not look like another host's. This one forgets; a subclass remembers."""
+
+    def add(self, body: bytes) -> None:
+        """Before a manifest is written."""
+
+    def has(self, body: bytes) -> bool:
+        """Whether this one was ours before this publish began."""
+        return False
+
+
 @dataclass(frozen=True, slots=True)
 class Published:
     """A manifest as it is in the store now, what of another host's went into it, and under which second names.
@@ -166,21 +179,24 @@ def publish(
     version: str | None,
     merged: Callable[[Manifest | None, Manifest, Manifest], Merge],
     kept_one: Callable[[Manifest], None] = lambda _earlier: None,
+    intents: Intents | None = None,
 ) -> Published:
     """Commit: the manifest replaces the version we built on, or is merged with what another host made of it.
 
     `base` with `version` is what we built on (None: nothing); `merged(base, ours, theirs)` merges a lost race. What
     was written is read back at once: that proves it, and gives its version even where a write does not. What is
-    replaced is kept as a version first, and `kept_one` is told of it. Raises Conflict when another host is faster again
-    and again.
+    replaced is kept as a version first, and `kept_one` is told of it. `intents` remember over a crash what we meant to
+    publish. Raises Conflict when another host is faster again and again.
     """
     clashes: tuple[tuple[bytes, bytes], ...] = ()
+    intents = intents or Intents()
     for _try in range(_TRIES):
         body = dump(ours)
         dropped = None
         try:
             if base is not None and not versions.keep(kept, base, kept_one):
                 dropped = base
+            intents.add(body)
             faults.point("push.kept")
             with kept.watched():
                 _write_manifest(kept.store(), manifest_key(ours.uuid), body, version, base)
@@ -193,9 +209,12 @@ def publish(
         if read == body:
             return Published(ours, version or "", body, clashes, dropped)
         theirs = parse(read, ours.uuid)
-        merge = merged(base, ours, theirs)
-        ours, base = merge.manifest, theirs
-        clashes = (*clashes, *merge.clashes)
+        if intents.has(read):
+            ours, base = replace(ours, generation=max(ours.generation, theirs.generation + 1)), theirs
+        else:
+            merge = merged(base, ours, theirs)
+            ours, base = merge.manifest, theirs
+            clashes = (*clashes, *merge.clashes)
         if says_no_more(ours, theirs):
             return Published(theirs, version or "", read, clashes)
     raise Conflict(f"{kept.name}: another host publishes {ours.uuid} again and again; runfs goes on trying")

@@ -292,6 +292,30 @@ def test_killed_at_every_point_of_a_push(tmp_path: Path) -> None:
             assert everything(session, unit_of(session)).items() >= FILES.items()
 
 
+def test_killed_before_a_publish_is_recorded_and_changed_since(tmp_path: Path) -> None:
+    """What is in the store then is our own: no second names for it, and what was removed since stays removed."""
+    for first in (True, False):
+        for point in ("push.published", "push.read"):
+            place = Place(tmp_path / f"{point}-{first}")
+            directory = place.record()
+            if not first:
+                assert Worker(place.settings(), [("push", UUID)], tmp_path).said() == [""]
+                (directory / "later").write_bytes(b"one")
+                (directory / "gone").write_bytes(b"soon")
+            assert Worker(place.settings(), [("push", UUID)], tmp_path, f"{point}=kill").killed()
+            (directory / "later").write_bytes(b"another")
+            (directory / "metrics.json").write_bytes(b"changed since")
+            (directory / "gone").unlink(missing_ok=True)
+            (directory / "notes" / "model.bin").unlink()
+            here = contents(directory)
+            with place.session() as session:
+                assert push(session).clean
+                assert contents(directory) == here
+                manifest = parse((place.store / ".runfs" / UUID / "manifest.json").read_bytes(), UUID)
+                assert {file.path for file in manifest.files if file.kind == "file"} == set(here)
+                assert session.core.journal.note(f"publishing {UUID} lab") is None
+
+
 class Choosing(MemoryStore):
     """Gives objects keys of its own; those below `.runfs/` too, if its name begins with "all"."""
 
