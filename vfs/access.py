@@ -52,6 +52,7 @@ class Access:
         self.past = Past(core, self.tree)
         self.tree.incoming = {os.fsencode(name): path for name, path in core.journal.incoming().items()}
         self._unsynced: dict[str, set[bytes]] = {}  # directories of a unit with names that are not synced yet
+        self._syncing: dict[str, list[tuple[int, frozenset[bytes]]]] = {}  # of a unit: what is being synced just now
         self._started_ns = time.time_ns()
 
     # --- attributes --------------------------------------------------------------------------------------------

@@ -307,12 +307,17 @@ class OpenFiles(Passing):
     def sync_plan(self, handle: Handle, *, data_only: bool = False) -> Callable[[], None] | None:
         """What must reach the disk before close or fsync may be answered, as a call for a worker thread, or None."""
         node = handle.node
-        directories = self._take_unsynced(node.unit)
-        if not (node.unsynced or handle.wrote or directories or self._written_past(node)):
+        # What another close or fsync is syncing at this moment is not on the disk yet: it is synced by both.
+        under_way = list(self._syncing.get(node.unit.uuid, ()))
+        directories = self._take_unsynced(node.unit).union(*(names for _ino, names in under_way))
+        others = any(ino == node.ino for ino, _names in under_way)
+        if not (node.unsynced or handle.wrote or directories or others or self._written_past(node)):
             return None
         fd = os.dup(handle.fd)
         node.unsynced = handle.wrote = False
         partial, unit = handle.partial, node.unit
+        mine = (node.ino, frozenset(directories))
+        self._syncing.setdefault(unit.uuid, []).append(mine)
 
         def sync() -> None:
             try:
@@ -326,6 +331,7 @@ class OpenFiles(Passing):
                 self._unsynced.setdefault(unit.uuid, set()).update(directories)
                 raise
             finally:
+                self._syncing[unit.uuid].remove(mine)
                 os.close(fd)
 
         return sync
@@ -336,7 +342,19 @@ class OpenFiles(Passing):
         if not isinstance(node, FileNode) or isinstance(node, PastFile):
             return lambda: None
         unit, directories = node.unit, self._take_unsynced(node.unit) | {node.path}
-        return lambda: sync_directories(unit, directories)
+        mine = (0, frozenset(directories))
+        self._syncing.setdefault(unit.uuid, []).append(mine)
+
+        def sync() -> None:
+            try:
+                sync_directories(unit, directories)
+            except BaseException:
+                self._unsynced.setdefault(unit.uuid, set()).update(directories)
+                raise
+            finally:
+                self._syncing[unit.uuid].remove(mine)
+
+        return sync
 
     def _take_unsynced(self, unit: Unit) -> set[bytes]:
         return self._unsynced.pop(unit.uuid, set())
