@@ -76,7 +76,8 @@ def evict_candidates(
         if rules.until_free is not None and policy.free_bytes(place) >= rules.until_free:
             return
         try:
-            evicted = session.evictor.evict(candidate.unit)
+            with session.reserve.released():
+                evicted = session.evictor.evict(candidate.unit)
         except (RunfsError, OSError) as error:
             stay.append({"uuid": candidate.unit.uuid, "reason": _reason(candidate.unit, error), "advice": ""})
             return

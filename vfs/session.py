@@ -19,6 +19,8 @@ from vfs.hydrate import Hydrator
 from vfs.index import Index
 from vfs.journal import Journal
 from vfs.push import Pusher
+from vfs.reserve import Reserve
+from vfs.serving import Claim
 from vfs.settings import Settings
 from vfs.stores import validate
 from vfs.units import point
@@ -53,7 +55,10 @@ class Session:
         self.warnings: list[str] = []
         self.waiting: Callable[[], list[dict[str, Any]]] = list  # the daemon knows who waits
         self.passthrough: Callable[[], str] = lambda: "off: not mounted"  # the daemon knows
+        self.kept: Callable[[], dict[str, int]] = dict  # inodes, lookups and handles: the daemon knows
         self.stopping = threading.Event()
+        self._claim: Claim | None = None
+        self.reserve = Reserve(settings.state)
 
     @classmethod
     def open(cls, settings: Settings, *, role: str = "command") -> "Session":
@@ -75,11 +80,19 @@ class Session:
             index.close()
             raise
         journal.holder(f"process {os.getpid()} ({role}{f' of {settings.mountpoint}' if settings.mountpoint else ''})")
+        try:
+            claim = Claim(settings.index.parent)
+        except BaseException:
+            journal.close()
+            index.close()
+            raise
         _raise_descriptors()
         session = cls(settings, index, journal)
+        session._claim = claim
         session.warnings += warnings
         try:
-            session._start(role)
+            with session.reserve.released():
+                session._start(role)
         except BaseException:
             session.close()
             raise
@@ -87,7 +100,8 @@ class Session:
 
     def _start(self, role: str) -> None:
         if self.settings.mountpoint is not None:
-            self.core.journal.set_note("mountpoint", str(self.settings.mountpoint))
+            if self.core.journal.note("mountpoint") != str(self.settings.mountpoint):  # a full disk takes no write
+                self.core.journal.set_note("mountpoint", str(self.settings.mountpoint))
             if not self.settings.read_only:
                 point(self.core.link, os.fsencode(self.settings.mountpoint))
         for sentence in self.evictor.recover():
@@ -120,6 +134,8 @@ class Session:
         self.pusher.close()
         self.evictor.close()
         self.core.close()
+        if self._claim is not None:
+            self._claim.release()
 
     def run(self, command: str, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
         """Run one command of `COMMANDS`. Raises RunfsError; UsageError for an unknown command."""

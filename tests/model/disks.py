@@ -59,6 +59,10 @@ class Filler:
     def __init__(self, disk: Path) -> None:
         self._file = disk / ".filler"
 
+    @property
+    def filled(self) -> bool:
+        return self._file.exists()
+
     def fill(self, leave: int = 0) -> None:
         """Nothing is free any more but `leave` bytes."""
         fd = os.open(self._file, os.O_WRONLY | os.O_CREAT)
