@@ -20,6 +20,7 @@ from typing import Any
 
 import apsw
 
+from vfs import faults
 from vfs.errors import Full, JournalError, JournalLocked
 from vfs.manifest import Content, File
 from vfs.versions.journal import TABLES as VERSION_TABLES
@@ -206,7 +207,10 @@ class Journal(VersionRows):
         for number, script in enumerate(_MIGRATIONS[version:], start=version + 1):
             with self._db:
                 self._db.execute(script)
+                faults.point("journal.changed")
                 self._db.execute(f"PRAGMA user_version={number}")
+                faults.point("journal.numbered")
+            faults.point("journal.migrated")
 
     def close(self) -> None:
         with self._lock:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import apsw
 import pytest
 
 from vfs.errors import JournalError, JournalLocked
-from vfs.journal import Home, Journal, Known, Replica, UnitRow
+from vfs.journal import _MIGRATIONS, Home, Journal, Known, Replica, UnitRow
 from vfs.manifest import Content, File
 
 DIGEST, OTHER = bytes(range(32)), bytes(32)
@@ -216,6 +217,39 @@ def test_a_killed_holder_leaves_no_lock(place: Path) -> None:
     journal = Journal(place)
     assert [row.uuid for row in journal.dirty()] == ["u"]
     journal.close()
+
+
+def first_schema(place: Path) -> None:
+    """A journal as the first release left it, with something in it."""
+    place.mkdir()
+    connection = apsw.Connection(str(place / "journal.sqlite"))
+    connection.execute(_MIGRATIONS[0])
+    connection.execute("INSERT INTO dirty(uuid, why, since_ns) VALUES ('u', 'kept', 1)")
+    connection.pragma("user_version", 1)
+    connection.close()
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("name", ["changed", "numbered", "migrated"])
+def test_killed_in_the_middle_of_an_upgrade_of_the_schema(place: Path, name: str, number: int) -> None:
+    """From nothing, and from the first schema: the next process finds one schema or the other, and finishes."""
+    code = "import sys; from pathlib import Path; from vfs.journal import Journal; Journal(Path(sys.argv[1]))"
+    fresh, old = place / "fresh", place / "old"
+    place.mkdir()
+    first_schema(old)
+    steps = {fresh: len(_MIGRATIONS), old: len(_MIGRATIONS) - 1}
+    for directory, count in steps.items():
+        environment = {**os.environ, "RUNFS_FAULT": f"journal.{name}#{number}=kill"}
+        done = subprocess.run([sys.executable, "-c", code, str(directory)], env=environment, timeout=60)
+        assert done.returncode == (-signal.SIGKILL if number <= count else 0)
+        journal = Journal(directory)
+        try:
+            assert [row.why for row in journal.dirty()] == (["kept"] if directory == old else [])
+            journal.set_home(HOME)
+            assert journal.homes("u") == [HOME]
+            journal.versions("u", "lab")  # of the second schema
+        finally:
+            journal.close()
 
 
 def test_a_newer_schema_is_refused_and_left_alone(place: Path) -> None:
