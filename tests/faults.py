@@ -11,8 +11,8 @@ forwarded from then on, also on open connections. Threads, so that it works besi
               is set)
     delay     each piece of an answer comes `delay_s` late
     busy      every request gets 503 Slow Down, and the connection is closed
-    say       requests whose method is in `methods` get `saying`, each with the chance `share`, and the connection is
-              closed; the others pass
+    say       requests whose method is in `methods` and whose first line has `only` in it get `saying`, each with the
+              chance `share`, and the connection is closed; the others pass
     wrong     a bit in each piece of an answer's body is another one
 """
 
@@ -57,6 +57,7 @@ class FaultProxy:
         self.saying = BUSY
         self.methods: tuple[bytes, ...] = METHODS
         self.share = 1.0
+        self.only = b""
         self.said = 0  # requests that were answered with `saying`
         self._chance = random.Random(1)
         self.accepted = 0
@@ -183,7 +184,8 @@ class FaultProxy:
     def _is_meant(self, data: bytes) -> bool:
         """Whether this begins a request that `say` is for."""
         method = data[:8].partition(b" ")[0]
-        return method in METHODS and method in self.methods and self._chance.random() < self.share
+        meant = method in METHODS and method in self.methods and self.only in data.partition(b"\r\n")[0]
+        return meant and self._chance.random() < self.share
 
     @staticmethod
     def _say(client: socket.socket, answer: bytes) -> None:
