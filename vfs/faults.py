@@ -7,6 +7,8 @@ says so.
     action: kill            SIGKILL to this process: what a crash leaves
             hold:PATH       make PATH.here, then wait until PATH.go is there (60 s at most)
             trace:PATH      append the point's name to PATH, each time it is passed
+    RUNFS_FAULT="@PATH"     the same from a file, which a test may write and change while this process runs: counting
+                            begins anew with each change
 """
 
 import os
@@ -27,12 +29,28 @@ def _parse(text: str) -> dict[str, list[tuple[int, str]]]:
     return found
 
 
-_FAULTS = _parse(os.environ.get("RUNFS_FAULT", ""))
+_GIVEN = os.environ.get("RUNFS_FAULT", "")
+_FILE = Path(_GIVEN[1:]) if _GIVEN.startswith("@") else None
+_FAULTS = {} if _FILE else _parse(_GIVEN)
 _passed: Counter[str] = Counter()
+_read = ""
+
+
+def _follow(file: Path) -> None:
+    """Take up what a test has written by now."""
+    global _read
+    text = file.read_text().strip() if file.exists() else ""
+    if text != _read:
+        _read = text
+        _passed.clear()
+        _FAULTS.clear()
+        _FAULTS.update(_parse(text))
 
 
 def point(name: str) -> None:
     """Here a test may interfere; otherwise nothing happens."""
+    if _FILE is not None:
+        _follow(_FILE)
     if _FAULTS:
         _passed[name] += 1
         for number, action in _FAULTS.get(name, []) + _FAULTS.get("*", []):

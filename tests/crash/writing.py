@@ -1,8 +1,8 @@
 """A writer that keeps a journal of what was acknowledged, outside of the mount; and what must be there by it.
 
 As a program: `python writing.py JOURNAL SEED DIRECTORY...` changes files in these directories until one of its calls
-fails. Before each change it writes a line `begin`, and when `fsync` or `close` has returned a line `done`. What a change
-does follows from its number and the seed alone, so that `acknowledged` can make the same in memory.
+fails. Before each change it writes a line `begin`, and when `fsync` or `close` has returned a line `done`. What a
+change does follows from its number and the seed alone, so that `acknowledged` can make the same in memory.
 """
 
 import json
@@ -114,6 +114,13 @@ def sync_directory(path: str) -> None:
         os.close(fd)
 
 
+def tell(told: int, what: str, number: int, directory: str) -> None:
+    """One line of the journal; with how long the file POSITION_IN is at this moment, where that is asked for."""
+    recorded = os.environ.get("POSITION_IN")
+    position = f" {os.stat(recorded).st_size}" if recorded else ""
+    os.write(told, f"{json.dumps([what, number, directory])}{position}\n".encode())
+
+
 def main(journal: str, seed: int, directories: list[str]) -> None:
     told = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     number = seed * 100_000  # so that each run of it has names of its own
@@ -121,11 +128,11 @@ def main(journal: str, seed: int, directories: list[str]) -> None:
         while True:
             for directory in directories:
                 number += 1
-                os.write(told, f"{json.dumps(['begin', number, directory])}\n".encode())
+                tell(told, "begin", number, directory)
                 Change.numbered(number, seed).do(directory)
-                os.write(told, f"{json.dumps(['done', number, directory])}\n".encode())
+                tell(told, "done", number, directory)
     except OSError as error:
-        os.write(told, f"{json.dumps(['failed', number, os.strerror(error.errno or 0)])}\n".encode())
+        tell(told, "failed", number, os.strerror(error.errno or 0))
         sys.exit(3)
 
 
