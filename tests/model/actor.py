@@ -225,7 +225,7 @@ def main(told: BinaryIO, answers: BinaryIO) -> None:
             answer = CALLS[name](*arguments)
         except OSError as error:
             answer = Error(error.errno or 0)
-        except ValueError:  # Python's own check of a map's size
+        except (ValueError, IndexError):  # Python's own check of a map's size
             answer = Error(-1)
         pickle.dump(answer, answers)
         answers.flush()

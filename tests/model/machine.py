@@ -14,7 +14,6 @@ import os
 import random
 import shutil
 import time
-from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
@@ -54,10 +53,13 @@ class Model(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.fault = "up"
-        self.full = False
         self.recovered = 0.0
         self.open: dict[int, bytes] = {}
         self.uuids: list[str] = []
+
+    @property
+    def full(self) -> bool:
+        return self.world.filler.filled
 
     # --- making one call on both sides ---------------------------------------------------------------------------
 
@@ -123,7 +125,6 @@ class Model(RuleBasedStateMachine):
     @initialize(evicted=st.tuples(st.booleans(), st.booleans()))
     def begin(self, evicted: tuple[bool, bool]) -> None:
         self.uuids = self.world.take()
-        self.world.now = tuple(self.uuids)
         self.world.settled(self.difference, "the fresh records")
         for uuid, wanted in zip(self.uuids, evicted, strict=True):
             if wanted:
@@ -170,7 +171,8 @@ class Model(RuleBasedStateMachine):
             until(gone, "evicted", 15)
         except AssertionError:
             raise AssertionError(f"not evicted: {answers[-1]}") from None
-        assert self.world.project.directory(uuid).is_symlink()
+        directory = self.world.project.directory(uuid)
+        assert directory.is_symlink(), (directory, answers[-1], self.world.project.rows()[uuid])
 
     # --- files ---------------------------------------------------------------------------------------------------
 
@@ -325,13 +327,11 @@ class Model(RuleBasedStateMachine):
     def no_space(self, leave: int) -> None:
         """The disk of the records, the cache and the state is full but for so many bytes."""
         self.world.filler.fill(leave)
-        self.full = True
 
     @precondition(lambda self: self.full)
     @rule()
     def space(self) -> None:
         self.world.filler.free()
-        self.full = False
         self.recovered = time.monotonic()
 
     @precondition(lambda self: self.well)
@@ -356,8 +356,6 @@ class Model(RuleBasedStateMachine):
             status = os.stat(path)
             os.utime(plain, ns=(status.st_atime_ns, status.st_mtime_ns))
             push()
-        with open(os.path.join(os.fsencode(self.world.plain), b".ours"), "wb") as ours:
-            ours.write(b"ours")
         self._touch(which)
         self._settle_push()
         self.world.settled(lambda: self.difference() or self.contents(), "after another host's change")
@@ -442,7 +440,3 @@ def across(one: tuple[int, bytes], other: tuple[int, bytes]) -> frozenset[int]:
 def machine(world: World) -> type[Model]:
     """The state machine for a world."""
     return type("Model", (Model,), {"world": world})
-
-
-def plain_copy(world: World, uuid: str) -> Path:
-    return world.plain / uuid

@@ -1,6 +1,6 @@
 """Random operations on a mount and on a plain directory: the same after each one, whatever goes wrong meanwhile.
 
-`RUNFS_MODEL_EXAMPLES=500 make test T=tests/model` runs more of them; RUNFS_MODEL_STEPS makes them longer.
+`MODEL_EXAMPLES=500 make test T=tests/model` runs more of them; MODEL_STEPS makes them longer.
 """
 
 import os
@@ -17,8 +17,8 @@ from tests.model.world import World
 from tests.servers import Seaweed
 
 pytestmark = pytest.mark.mounted
-EXAMPLES = int(os.environ.get("RUNFS_MODEL_EXAMPLES", "8"))
-STEPS = int(os.environ.get("RUNFS_MODEL_STEPS", "25"))
+EXAMPLES = int(os.environ.get("MODEL_EXAMPLES", "8"))
+STEPS = int(os.environ.get("MODEL_STEPS", "25"))
 
 
 class Worlds:
@@ -39,8 +39,10 @@ class Worlds:
             self._world.__enter__()
         return self._world
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         if self._world is not None:
+            if failed:
+                print(self._world.mounted.log()[-4000:])
             self._world.__exit__(None, None, None)
             self._world = None
 
@@ -61,12 +63,12 @@ def test_the_same_as_a_plain_directory(worlds: Worlds) -> None:
 
         def teardown(self) -> None:
             if sys.exc_info()[0] is not None:  # a step failed: what is left of the world tells nothing
-                worlds.close()
+                worlds.close(failed=True)
                 return
             try:
                 super().teardown()
             except BaseException:
-                worlds.close()
+                worlds.close(failed=True)
                 raise
 
     run_state_machine_as_test(
