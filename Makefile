@@ -6,6 +6,8 @@ VENV ?= .venv
 S3 ?=
 # Test files run at a time: most of a test's time is waiting for disks and deadlines.
 WORKERS ?= 4
+# `make soak MINUTES=60`: how long.
+MINUTES ?= 10
 # `make bench QUICK=1` takes a few minutes; B holds more options of it.
 QUICK ?=
 B ?=
@@ -16,7 +18,7 @@ install-section = sed -n '/^\# section: $(1)$$/,/^\# section: /p' requirements.l
 	&& $(PIP) install --quiet --no-deps --require-hashes -r $(VENV)/requirements-$(1).txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-large check demo bench lock clean system
+.PHONY: help install test test-large soak check demo bench lock clean system
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -29,6 +31,11 @@ test: $(VENV)/.test  ## all tests, several files at a time (T='-k words' or T=te
 
 test-large: $(VENV)/.test  ## objects of 5 GiB and listings of a million names, against real servers (minutes, 25 GB)
 	RUNFS_TEST_LARGE=1 $(VENV)/bin/python -m pytest tests/stores/test_large.py tests/stores/test_remote.py -k "large or very_many" --durations=8
+
+soak: $(VENV)/.test  ## readers, writers, evictions and faults together for MINUTES=n; then more of the model, kills and power cuts
+	$(VENV)/bin/python -m tests.soak $(MINUTES)
+	MODEL_EXAMPLES=$$(( $(MINUTES) * 4 )) CRASH_ROUNDS=$$(( $(MINUTES) * 2 )) POWER_CUTS=$$(( $(MINUTES) * 5 )) \
+		$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile tests/model tests/crash
 
 check: $(VENV)/.test  ## lint, format, types, and that imports point from daemon to vfs only
 	$(VENV)/bin/ruff check .

@@ -76,6 +76,7 @@ class Mount:
         try:
             await passthrough.start(before)
             self.session.passthrough = lambda: passthrough.state
+            self.session.kept = operations.kept
             with mounts.announced(
                 self.session.settings.runtime_dir, self.mountpoint, self.session.settings.index
             ) as path:

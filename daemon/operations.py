@@ -76,6 +76,11 @@ class Operations(pyfuse3.Operations):
         self._row.st_blksize = 1 << 20
         self._row.entry_timeout = self._row.attr_timeout = AT_ROOT
 
+    def kept(self) -> dict[str, int]:
+        """What is kept for the kernel: inodes, how often it looked them up, open files and directories."""
+        inodes, lookups = self._files.tree.kept()
+        return {"inodes": inodes, "lookups": lookups, "handles": len(self._handles), "listings": len(self._listings)}
+
     # --- names and attributes ----------------------------------------------------------------------------------
 
     @handler

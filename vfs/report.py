@@ -68,6 +68,7 @@ def overview(session: "Session") -> dict[str, Any]:
         "moving": core.moves.shown(),
         "waiting": session.waiting(),
         "passthrough": session.passthrough(),
+        "kept": session.kept(),
         "queue": _queue(core),
         "transactions": transactions.shown(core),
         "stores": store_states(core),

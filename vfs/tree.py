@@ -147,6 +147,11 @@ class Tree:
         if node.parent is not None:
             node.parent.children[node.name] = node
 
+    def kept(self) -> tuple[int, int]:
+        """How many inodes are known, and the sum of the kernel's lookups of them."""
+        nodes = list(self.nodes.values())
+        return len(nodes), sum(node.lookups for node in nodes)
+
     def forget(self, ino: int, count: int) -> Node | None:
         """The kernel dropped `count` references; gives the node when that was the last."""
         node = self.nodes.get(Inode(ino))
