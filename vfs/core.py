@@ -33,6 +33,7 @@ from vfs.wire import plain_key as plain_key
 log = logging.getLogger(__name__)
 
 _CONTENTS_KEPT = 256  # digests of recently read files; a 10 GiB file's are 320 kB
+_CTIMES_HELD = 100_000  # of files; one that is forgotten shows the ctime of its last coming or going
 _TROUBLES_KEPT = 1000  # files that could not be read, with the reason
 
 
@@ -302,15 +303,18 @@ class Core:
         with self._lock:
             held = self._held.get(key)
             shown = held.shown if held and held.real == status.st_ctime_ns else status.st_ctime_ns
-            self._held[key] = Held(status.st_ctime_ns, shown)
-            self._held.move_to_end(key)
-            while len(self._held) > 100_000:
-                self._held.popitem(last=False)
+            self._hold(key, Held(status.st_ctime_ns, shown))
+
+    def _hold(self, key: tuple[int, int], held: Held) -> None:
+        self._held[key] = held
+        self._held.move_to_end(key)
+        while len(self._held) > _CTIMES_HELD:
+            self._held.popitem(last=False)
 
     def show_ctime(self, status: os.stat_result, shown: int) -> None:
         """Show this ctime for an inode as long as its real one stays what it is now."""
         with self._lock:
-            self._held[status.st_dev, status.st_ino] = Held(status.st_ctime_ns, shown)
+            self._hold((status.st_dev, status.st_ino), Held(status.st_ctime_ns, shown))
 
     def show_ctimes(self, device: int, shown: Iterable[tuple[int, int, int]]) -> None:
         """The same for many: (inode, real ctime, ctime to show), all on one device."""

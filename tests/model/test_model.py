@@ -17,7 +17,7 @@ from tests.model.world import World
 from tests.servers import Seaweed
 
 pytestmark = pytest.mark.mounted
-EXAMPLES = int(os.environ.get("MODEL_EXAMPLES", "8"))
+EXAMPLES = int(os.environ.get("MODEL_EXAMPLES", "4"))
 STEPS = int(os.environ.get("MODEL_STEPS", "25"))
 
 
