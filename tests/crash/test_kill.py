@@ -58,6 +58,7 @@ class Crashing:
         self.seen = 0
         self.known: dict[str, Acknowledged] = {}
         self.rounds = 0
+        self.writers: list[subprocess.Popen[bytes]] = []
         with self.mounted:
             self.written = [self.shared.take("resident", fill), self.shared.take("evicted", fill)]
             self.asked = self.shared.take("resident")
@@ -83,6 +84,7 @@ class Crashing:
         writer = subprocess.Popen(
             [sys.executable, "-m", "tests.crash.writing", str(self.journal), str(self.seed), *directories], cwd=ROOT
         )
+        self.writers.append(writer)
         until(lambda: self.journal.read_bytes().count(b"done") >= ENOUGH or not self.running, "it writes", 30)
         return writer
 
@@ -152,6 +154,8 @@ def crashing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crashing]:
     made = Crashing(place)
     made.start()
     yield made
+    for writer in made.writers:  # one of a round that failed may still be at it
+        writer.kill()
     made.mounted.stop()
     unmount_under(place)
 
