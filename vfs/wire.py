@@ -15,7 +15,7 @@ Order that makes this so: contents, then the manifest, which is the one commit p
 import logging
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from vfs import faults
