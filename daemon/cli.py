@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from daemon import cli_admin, cli_mount, cli_records, cli_stores, cli_versions, complete
+from daemon import cli_admin, cli_mount, cli_records, cli_stores, cli_trust, cli_versions, complete
 from daemon.options import Config, DryRun, Index, Json, Mount, Project, Stores, Uuids
 from daemon.protocol import error_message
 from daemon.target import Target
@@ -211,20 +211,7 @@ def safe(
     perform(target, "safe", {"uuids": record_names(uuids)}, as_json=as_json)
 
 
-@app.command()
-def verify(
-    uuids: Uuids = None,
-    deep: Annotated[bool, typer.Option("--deep", help="Read every byte back from every store.")] = False,
-    mount: Mount = None,
-    project: Project = None,
-    index: Index = None,
-    config: Config = None,
-    store: Stores = None,
-    as_json: Json = False,
-) -> None:
-    """Check that the homes hold what the manifests say."""
-    args = {"uuids": record_names(uuids), "deep": deep}
-    perform(Target(mount, index, project, config, tuple(store or ())), "verify", args, as_json=as_json)
+app.command()(cli_trust.verify)
 
 
 @app.command()
@@ -287,17 +274,8 @@ def _absolute(source: str) -> str:
     return os.path.abspath(source)
 
 
-@app.command()
-def receipts(
-    uuids: Uuids = None,
-    mount: Mount = None,
-    project: Project = None,
-    index: Index = None,
-    config: Config = None,
-    as_json: Json = False,
-) -> None:
-    """The kept proofs of pushes and evictions: what, where, which digest, when verified."""
-    perform(Target(mount, index, project, config), "receipts", {"uuids": record_names(uuids)}, as_json=as_json)
+app.command()(cli_trust.receipts)
+app.command()(cli_trust.conflicts)
 
 
 @app.command()
@@ -328,6 +306,7 @@ def record_names(given: Sequence[str] | None) -> list[str]:
 
 
 cli_versions.use_names(record_names)
+cli_trust.use_names(record_names)
 
 
 def _record_name(text: str) -> str:

@@ -8,7 +8,7 @@ Used by the command line; the state of a mount is in `daemon.render_status`. Res
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from daemon import render_stores, render_versions
+from daemon import render_stores, render_trust, render_versions
 from daemon.quantities import count, date, duration, plain, rate, size
 from daemon.render_status import SHOWN, Lines, Result, first, ls, mounted, replica, share, status, table
 
@@ -117,7 +117,7 @@ def _names(changed: Sequence[Any]) -> str:
     return ", ".join(uuids[:SHOWN]) + (f" and {count(len(uuids) - SHOWN)} more" if len(uuids) > SHOWN else "")
 
 
-# -- safe, verify, receipts, stores, doctor ------------------------------------------------------------------------
+# -- safe, stores, doctor ------------------------------------------------------------------------
 
 
 def safe(result: Result, args: Mapping[str, Any]) -> Lines:
@@ -146,16 +146,6 @@ def _unsafe(result: Result) -> Lines:
     return first(rows, "more records")
 
 
-def verify(result: Result, args: Mapping[str, Any]) -> Lines:
-    bad = result.get("bad", [])
-    verdict = f"{count(len(bad), 'is', 'are')} wrong or missing" if bad else "all as they should be"
-    out = [f"{count(result.get('checked', 0), 'file')} checked, {size(result.get('bytes', 0))}: {verdict}"]
-    for each in bad:
-        where = f" in {plain(each['store'])}" if each.get("store") else ""
-        out.append(f"{each['uuid']}: {plain(each.get('path') or 'manifest')}{where}: {plain(each.get('reason'))}")
-    return out
-
-
 def reindex(result: Result, args: Mapping[str, Any]) -> Lines:
     text = f"{count(result.get('ingested', 0), 'record')} indexed"
     if result.get("restored_rows"):
@@ -181,26 +171,6 @@ def import_(result: Result, args: Mapping[str, Any]) -> Lines:
     pin = result.get("pin") or {}
     etag = f", ETag {plain(pin['etag'])}" if pin.get("etag") else ""
     return [said, *([f"pinned reference: {plain(pin['digest'])}{etag}"] if pin.get("digest") else []), *failed]
-
-
-def receipts(result: Result, args: Mapping[str, Any]) -> Lines:
-    rows = [
-        tuple(
-            plain(cell)
-            for cell in (
-                date(each.get("at")),
-                each.get("what", ""),
-                each.get("uuid", ""),
-                each.get("store") or "",
-                count(each.get("files") or 0),
-                size(each.get("bytes") or 0),
-                str(each.get("digest") or "")[:16],
-                each.get("proof") or "",
-            )
-        )
-        for each in result.get("receipts", [])
-    ]
-    return table(("at", "what", "record", "store", "files", "size", "digest", "proof"), rows) or ["no receipts"]
 
 
 def doctor(result: Result, args: Mapping[str, Any]) -> Lines:
@@ -236,13 +206,14 @@ _RENDERERS: dict[str, Callable[[Result, Mapping[str, Any]], Lines]] = {
     "pin": pin,
     "unpin": unpin,
     "safe": safe,
-    "verify": verify,
+    "verify": render_trust.verify,
     "reindex": reindex,
     "import": import_,
     "stores": render_stores.stores,
     "stores check": render_stores.check,
     "stores sweep": render_stores.sweep,
-    "receipts": receipts,
+    "receipts": render_trust.receipts,
+    "conflicts": render_trust.conflicts,
     "doctor": doctor,
     "umount": umount,
     "versions": render_versions.versions,

@@ -32,6 +32,8 @@ def status(result: Result, args: Mapping[str, Any]) -> Lines:
     out += [_transaction(each) for each in result.get("transactions", [])][:SHOWN]
     out += [_moving(move) for move in result.get("moving", [])]
     out += [_waiting(wait) for wait in result.get("waiting", [])]
+    out += first([_damaged(each) for each in result.get("quarantine", [])], "more are damaged")
+    out += first([_conflict(each) for each in result.get("conflicts", [])], "more conflicts")
     out += first([_queued(entry) for entry in result.get("queue", [])], "more are queued")
     out += [
         f"store     {plain(s['name'])}: {_reach(s)}" for s in result.get("stores", []) if s.get("reachable") is False
@@ -90,6 +92,17 @@ def _waiting(wait: Mapping[str, Any]) -> str:
 def process(entry: Mapping[str, Any]) -> str:
     """python[4121]"""
     return f"{plain(entry.get('process') or 'process')}[{entry.get('pid', '?')}]"
+
+
+def _damaged(each: Mapping[str, Any]) -> str:
+    kept = f"; the damaged bytes are {plain(each['kept'])}" if each.get("kept") else ""
+    what = f"{plain(each.get('path'))} of {plain(each.get('uuid'))}"
+    return f"damaged   {what}: no right copy is left ({plain(each.get('reason'))}){kept}"
+
+
+def _conflict(each: Mapping[str, Any]) -> str:
+    uuid = plain(each.get("uuid"))
+    return f"conflict  {plain(each.get('path'))} of {uuid}: {plain(each.get('kind'))}; runfs conflicts {uuid}"
 
 
 def _queued(entry: Mapping[str, Any]) -> str:

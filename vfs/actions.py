@@ -1,4 +1,4 @@
-"""The commands that change or move something: evict, hydrate, pin, push, verify.
+"""The commands that change or move something: evict, hydrate, pin, push.
 
 Each is `(session, args, progress) -> result`, run in a worker thread of the daemon or in the command line's process.
 """
@@ -6,15 +6,13 @@ Each is `(session, args, progress) -> result`, run in a worker thread of the dae
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vfs import policy
-from vfs.core import Core, Home, manifest_key
-from vfs.errors import ManifestError, NotFound, Refused, RunfsError, StoreError, UsageError, in_words
-from vfs.hydrate import read_back
-from vfs.manifest import Manifest, parse
+from vfs.core import Core
+from vfs.errors import Refused, RunfsError, UsageError, in_words
 from vfs.units import Unit
 
 if TYPE_CHECKING:
@@ -224,7 +222,7 @@ def _pin(session: "Session", args: Mapping[str, Any], on: bool) -> dict[str, Any
     return {"changed": changed, "exit": 0}
 
 
-# --- push, verify ----------------------------------------------------------------------------------------------
+# --- push -----------------------------------------------------------------------------------------------------
 
 
 def push(session: "Session", args: dict[str, Any], progress: "Progress") -> dict[str, Any]:
@@ -262,53 +260,3 @@ def _to_push(session: "Session", unit: Unit) -> tuple[int, int]:
     from vfs.report import unpushed
 
     return unpushed(session.core, unit)
-
-
-def verify(session: "Session", args: dict[str, Any], progress: "Progress") -> dict[str, Any]:
-    """Check that the homes hold what was pushed: manifests and sizes, or every byte with `deep`."""
-    bad: list[dict[str, Any]] = []
-    totals = {"checked": 0, "bytes": 0}
-
-    def one(unit: Unit) -> None:
-        for home in session.core.homes:
-            row = session.core.journal.home(unit.uuid, home.name)
-            if row is None:
-                bad.append({"uuid": unit.uuid, "path": "", "store": home.name, "reason": "it was not pushed there yet"})
-                continue
-            for path, reason in _check(session, unit, home, parse(row.manifest), bool(args.get("deep")), totals):
-                bad.append({"uuid": unit.uuid, "path": path, "store": home.name, "reason": reason})
-        progress({"what": "verify", "uuid": unit.uuid, "done": totals["checked"]})
-
-    each_of(named_units(session, args), one, progress)
-    return {**totals, "bad": bad, "exit": int(bool(bad))}
-
-
-def _check(
-    session: "Session", unit: Unit, home: Home, manifest: Manifest, deep: bool, totals: dict[str, int]
-) -> Iterator[tuple[str, str]]:
-    try:
-        published = home.store().read(manifest_key(unit.uuid))
-        if parse(published, unit.uuid).generation != manifest.generation:
-            yield "", "another host published a newer version; runfs push merges it"
-    except (StoreError, ManifestError) as error:
-        yield "", str(error)
-    replicas = session.core.journal.replicas_of(unit.uuid, home.name)
-    for digest, file in {file.digest: file for file in manifest.files if file.kind == "file"}.items():
-        totals["checked"] += 1
-        totals["bytes"] += file.size
-        replica = replicas.get(digest)
-        content = session.core.content(digest)
-        try:
-            if replica is None or content is None:
-                yield os.fsdecode(file.path), "the journal does not know its copy; runfs push"
-            elif deep:
-                read_back(home, replica, content)
-            elif home.store().stat(replica.key).size != file.size:
-                yield os.fsdecode(file.path), "its copy has another size"
-        except NotFound:
-            yield os.fsdecode(file.path), f"its copy {file.key} is gone; runfs push {unit.uuid} brings it again"
-            session.core.journal.forget_replica(digest, home.name, unit.uuid)
-            session.core.journal.forget_home(unit.uuid, home.name)
-            session.core.units.mark_dirty(unit, f"{home.name} lost bytes of it")
-        except RunfsError as error:
-            yield os.fsdecode(file.path), str(error)

@@ -110,6 +110,9 @@ def _records(session: "Session") -> Iterator[Finding]:
             yield _finding("record", False, f"{uuid}: {reason}", advice)
     if found > _MOST_RECORDS:
         yield _finding("record", False, f"and {found - _MOST_RECORDS:,} more records", "see above")
+    for row in session.core.journal.quarantined():
+        path = os.fsdecode(row.path)
+        yield _finding("damage", False, f"{row.uuid}: {path}: {row.reason}", f"runfs verify --repair {row.uuid}")
     for warning in session.warnings:
         yield _finding("recovery", None, warning)
     for uuid, held in session.core.transactions.items():

@@ -66,6 +66,8 @@ class Evictor(Prover, Restorer):
             return Stays("it was never mounted", "runfs mount MOUNTPOINT first: its place is taken by a link into it")
         if unit.uuid in (self._core.journal.pins() if pinned is None else pinned):
             return Stays("pinned", f"runfs unpin {unit.uuid}")
+        if self._core.journal.quarantined(unit.uuid):
+            return Stays("a file of it is damaged", f"runfs verify --repair {unit.uuid}, or make the file again")
         if (held := self._core.transactions.get(unit.uuid)) is not None:
             return Stays("in a transaction", why_held(held))
         live = self.live(unit)

@@ -23,8 +23,9 @@ import apsw
 from vfs import faults
 from vfs.errors import Full, JournalError, JournalLocked
 from vfs.manifest import Content, File
+from vfs.trust.journal import TABLES as TRUST_TABLES
+from vfs.trust.journal import TrustRows
 from vfs.versions.journal import TABLES as VERSION_TABLES
-from vfs.versions.journal import VersionRows
 
 # Numbered migrations: the schema at version n is the first n scripts. Never edit one that was released.
 _MIGRATIONS = (
@@ -95,6 +96,7 @@ _MIGRATIONS = (
     CREATE TABLE notes (name TEXT PRIMARY KEY, value TEXT NOT NULL);     -- small facts: mountpoint, stores used
     """,
     VERSION_TABLES,
+    TRUST_TABLES,
 )
 
 
@@ -150,7 +152,7 @@ class Dirty:
     error: str
 
 
-class Journal(VersionRows):
+class Journal(TrustRows):
     """The open state of one index. `exclusive` takes the state directory for this process.
 
     Raises JournalLocked naming the holder, JournalError when the file cannot be used.

@@ -16,7 +16,7 @@ Pure: nothing here touches a disk or a network. This module owns the format of `
 import base64
 import binascii
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from operator import attrgetter
@@ -297,11 +297,15 @@ _BUT_KEY = attrgetter(*(each.name for each in fields(File) if each.name != "key"
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """A merge of ours onto theirs: the result, what came from them, and what clashed (kept under a second name)."""
+    """A merge of ours onto theirs: the result, what came from them, and what clashed (kept under a second name).
+    `removed`: files of ours that they removed and that we had not changed. `kept`: paths that stay although one side
+    removed them, since the other changed them; each with whether it was they who removed it."""
 
     manifest: Manifest
     taken: tuple[File, ...]
     clashes: tuple[tuple[bytes, bytes], ...]
+    removed: tuple[File, ...] = ()
+    kept: tuple[tuple[bytes, bool], ...] = ()
 
 
 def merge(base: Manifest | None, ours: Manifest, theirs: Manifest) -> Merge:
@@ -309,7 +313,7 @@ def merge(base: Manifest | None, ours: Manifest, theirs: Manifest) -> Merge:
 
     A path changed on one side only takes that side. A path whose content changed on both sides keeps ours under its
     name and theirs under `<path>.conflict-<digest>`; so does one that is a directory on one side and not on the other.
-    A path one side removed and the other changed is kept.
+    A path one side removed is gone if the other side did not change it, and is kept if it did.
     """
     work = _Merging(base.by_path() if base else {}, ours.by_path(), theirs.by_path())
     for path in sorted(work.other):
@@ -324,7 +328,8 @@ def merge(base: Manifest | None, ours: Manifest, theirs: Manifest) -> Merge:
     generation = max(ours.generation, theirs.generation) + 1
     rows = ours.rows or theirs.rows
     merged = replace(ours, generation=generation, files=files, contents=contents, rows=rows)
-    return Merge(merged, tuple(work.taken), tuple(work.clashes))
+    removed = tuple(file for path, file in work.mine.items() if path not in result)
+    return Merge(merged, tuple(work.taken), tuple(work.clashes), removed, tuple(work.kept()))
 
 
 class _Merging:
@@ -354,6 +359,15 @@ class _Merging:
             if file.kind == "directory":
                 self._moved[path] = second
             self._take(replace(file, path=second, same=b""))
+
+    def kept(self) -> Iterator[tuple[bytes, bool]]:
+        """Paths that one side removed and the other changed; True where they removed it."""
+        for path, before in self.before.items():
+            mine, other = self.mine.get(path), self.other.get(path)
+            left = mine or other
+            one_left = left is not None and (mine is None or other is None)
+            if left is not None and one_left and left.kind != "directory" and not _equal(left, before):
+                yield path, other is None
 
     def _take(self, file: File) -> None:
         self.result[file.path] = file

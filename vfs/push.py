@@ -36,13 +36,15 @@ from vfs.manifest import Content, File, Manifest, Merge, dump, merge, parse, par
 from vfs.scan import Changing, Scan, open_file, walk
 from vfs.scan import scan as scan_unit
 from vfs.taking import take
+from vfs.trust import conflicts
+from vfs.trust.kept import with_quarantined
 from vfs.units import Unit
 from vfs.uploads import ADOPTED, Mover, Placed, Uploads
 from vfs.versions import kept as versions
 from vfs.versions import pruning
 from vfs.versions.journal import Transaction
 from vfs.versions.transactions import end_commit, why_held
-from vfs.wire import Intents, keys_in, lacking_in, publish, their_manifest, with_keys
+from vfs.wire import Intents, data_key, keys_in, lacking_in, publish, their_manifest, with_keys
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +117,7 @@ class Pusher:
             outcome = Outcome(unit.uuid)
             sequence = self._core.sequence(unit)
             os.close(unit.open_base())  # a record that is gone is told so
-            found = self.scan(unit)
+            found, lost = with_quarantined(self._core, unit, self.scan(unit))
             faults.point("push.scanned")
             outcome.unsettled = found.unsettled
             rows = self.rows(unit)
@@ -124,7 +126,7 @@ class Pusher:
                 for home in self._core.homes if homes is None else homes:
                     try:
                         said = held.notes if held and self._is_due(held, home) else notes
-                        publishing = _Publishing(rows, said, interim)
+                        publishing = _Publishing(rows, said, interim, lost)
                         outcome.pushed.append(self._push_to(unit, home, found, publishing))
                     except Changing as error:
                         outcome.unsettled += (b"",)
@@ -181,7 +183,9 @@ class Pusher:
         row = journal.home(unit.uuid, home.name)
         previous = parse_ours(row.manifest, unit.uuid) if row else their_manifest(home, unit.uuid)
         contents = {**journal.contents_of(unit.uuid), **found.contents}
+        contents |= {digest: lost for digest in publishing.lost if (lost := journal.content(digest)) is not None}
         have, unsure = self._have(unit, home, found, previous)
+        have = {digest: data_key(unit.uuid, digest) for digest in publishing.lost} | have
         lacking = lacking_in(found.files, have)
         todo = [same[0] for same in lacking.values()]
         if unit.evicted:
@@ -295,6 +299,8 @@ class Pusher:
         return done.clashes
 
     def _merge(self, unit: Unit, home: Home, base: Manifest | None, ours: Manifest, theirs: Manifest) -> Merge:
+        if base is not None and theirs.generation <= base.generation and theirs != base:
+            base = None  # an older one was put back there: what it lacks was not removed by anybody
         merged = merge(base, ours, theirs)
         self._core.journal.add_contents(theirs.contents.values())
         have = self._core.journal.replicas_of(unit.uuid, home.name)  # where ours are is known better than by hearsay
@@ -305,13 +311,18 @@ class Pusher:
         )
         for path, second in merged.clashes:
             log.warning("%s: %r was changed by another host too; theirs is kept as %r", unit.uuid, path, second)
-        if merged.taken:
+        stay: list[bytes] = []
+        if merged.taken or merged.removed:
 
             def complete(fd: int, path: bytes) -> None:
                 self._hydrator.complete(fd, unit.uuid, path)
 
             take(unit, merged.taken, self._core.journal.known(unit.uuid), complete)
+            stay = conflicts.remove_theirs(self._core, unit, merged)
             unit.note_change()
+            for tell in self._core.content_changed:
+                tell(unit)
+        conflicts.note(self._core, unit, home.name, base, theirs, merged, stay)
         return merged
 
 
@@ -358,6 +369,7 @@ class _Publishing:
     rows: tuple[Mapping[str, Any], ...]
     notes: str
     interim: bool
+    lost: frozenset[bytes] = frozenset()  # contents in quarantine: named, as no place has them to be uploaded from
 
     def manifest(self, uuid: str, files: tuple[File, ...], contents: Mapping[bytes, Content]) -> Manifest:
         return Manifest(uuid, 0, files, contents, self.rows, time.time_ns(), self.notes, self.interim)

@@ -16,6 +16,8 @@ from vfs.index import Record
 from vfs.push import rows_digest
 from vfs.residency import FileState
 from vfs.scan import differs, open_file, walk
+from vfs.trust import conflicts
+from vfs.trust.journal import Quarantined
 from vfs.units import Unit
 from vfs.versions import transactions
 from vfs.versions.transactions import why_held
@@ -72,7 +74,20 @@ def overview(session: "Session") -> dict[str, Any]:
         "queue": _queue(core),
         "transactions": transactions.shown(core),
         "stores": store_states(core),
+        "conflicts": [conflicts.shown(core, clash) for clash in conflicts.unsettled(core, by_name=False)],
+        "quarantine": [_in_quarantine(row) for row in core.journal.quarantined()],
         "warnings": [*session.warnings, *_unlooked(core, sizes, roots)],
+    }
+
+
+def _in_quarantine(row: Quarantined) -> dict[str, Any]:
+    """A file of which no right copy is left, as JSON; `kept`: the path that has the damaged bytes, if any."""
+    return {
+        "uuid": row.uuid,
+        "path": os.fsdecode(row.path),
+        "kept": os.fsdecode(row.kept) or None,
+        "reason": row.reason,
+        "at": row.at_ns / 1e9,
     }
 
 
@@ -139,13 +154,21 @@ def _path_status(session: "Session", path: str) -> dict[str, Any]:
         "live": session.evictor.live(unit) is not None,
         "dirty": unit.dirty,
         "stays": [f"{stays.reason}; {stays.advice}"] if stays else [],
-        "error": core.trouble(unit.uuid, inside) or _error_of(core, unit),
+        "error": core.trouble(unit.uuid, inside) or _quarantined(core, unit, inside) or _error_of(core, unit),
     }
     try:
         folder = not inside or _is_folder(unit, inside)
         return common | (_folder_status(core, unit, inside) if folder else _file_status(core, unit, inside))
     except OSError as error:
         return common | {"kind": None, "state": "unknown", "error": error.strerror}
+
+
+def _quarantined(core: Core, unit: Unit, inside: bytes) -> str | None:
+    for row in core.journal.quarantined(unit.uuid):
+        if inside in (b"", row.path):
+            kept = f"; the damaged bytes are {os.fsdecode(row.kept)}" if row.kept else ""
+            return f"{os.fsdecode(row.path)} is damaged, and no right copy is left ({row.reason}){kept}"
+    return None
 
 
 def _error_of(core: Core, unit: Unit) -> str | None:
@@ -391,6 +414,7 @@ def receipts(session: "Session", args: dict[str, Any], progress: "Progress") -> 
     found: list[dict[str, Any]] = []
     for uuid in args.get("uuids") or [None]:
         found += session.core.journal.receipts(uuid)
+    age_ns, now = int(session.settings.proof.max_age * 1e9), time.time_ns()
     shown = [
         {
             "id": each["id"],
@@ -402,10 +426,20 @@ def receipts(session: "Session", args: dict[str, Any], progress: "Progress") -> 
             "bytes": each["bytes"],
             "digest": each["digest"],
             "proof": _proof_text(each["proof"]),
+            **_until(each, age_ns, now),
         }
         for each in found
     ]
-    return {"receipts": shown, "exit": 0}
+    return {"receipts": [each for each in shown if each["expired"] or not args.get("expired")], "exit": 0}
+
+
+def _until(receipt: Mapping[str, Any], age_ns: int, now_ns: int) -> dict[str, Any]:
+    """Until when the proof in a receipt counts, as `proof.max_age` is now; nothing where there is none to be had."""
+    proofs = [said["verified_at_ns"] for said in receipt["proof"].values() if isinstance(said, Mapping)]
+    if not proofs:
+        return {"expires_at": None, "expired": False}
+    ends_ns = min(proofs) + age_ns
+    return {"expires_at": ends_ns / 1e9, "expired": ends_ns <= now_ns}
 
 
 def _proof_text(proof: Mapping[str, Any]) -> str:

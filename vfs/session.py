@@ -23,6 +23,7 @@ from vfs.reserve import Reserve
 from vfs.serving import Claim
 from vfs.settings import Settings
 from vfs.stores import validate
+from vfs.trust import conflicts, verifying
 from vfs.units import point
 from vfs.versions import actions as version_actions
 from vfs.versions.reverting import Reverter
@@ -175,7 +176,8 @@ COMMANDS: dict[str, Command] = {
     "pin": actions.pin,
     "unpin": actions.unpin,
     "push": actions.push,
-    "verify": actions.verify,
+    "verify": verifying.verify,
+    "conflicts": conflicts.conflicts,
     "reindex": reindexing.reindex,
     "import": imports.import_,
     "stores": doctor.stores,

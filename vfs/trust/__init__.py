@@ -1,0 +1,1 @@
+"""What makes records trustworthy over time: scrubbing and repair, quarantine, conflicts between hosts, receipts."""
