@@ -15,6 +15,7 @@ import pyfuse3
 import trio
 
 from daemon.arrivals import Arrivals
+from daemon.news import News
 from vfs import actions, policy, report
 from vfs.errors import RunfsError, in_words
 from vfs.filesystem import FileSystem
@@ -83,6 +84,7 @@ class Upkeep:
         nursery.start_soon(self._space_loop)
         nursery.start_soon(self._use_loop)
         nursery.start_soon(Arrivals(self._session, self._files).run)
+        nursery.start_soon(News(self._session).run)
 
     def close(self) -> None:
         self._watcher.close()

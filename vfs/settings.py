@@ -176,6 +176,7 @@ class Settings(Part):
     on_close: OnClose = "journal"
     deadline_s: Seconds = 30.0  # for one remote call, before its size is added
     least_throughput: Size = 64 * 1024  # bytes a second below which a transfer is given up
+    notice_s: Seconds = 60.0  # a record in use is compared with its homes this often: another host's changes; 0: never
     cache: CacheSettings = CacheSettings()
     push: PushSettings = PushSettings()
     proof: ProofSettings = ProofSettings()
