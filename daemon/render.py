@@ -5,6 +5,7 @@ Used by the command line; the state of a mount is in `daemon.render_status`. Res
 `lines(command, result, args)` is the entrance.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -133,7 +134,8 @@ def safe(result: Result, args: Mapping[str, Any]) -> Lines:
         return [f"{text}; no store is configured: name one with --store URL or in the configuration", *_unsafe(result)]
     takes = f"; {stores} takes them at {rate(result['rate'])}" if result.get("rate") else ""
     left = f", about {duration(result['left_s'])}" if takes and result.get("left_s") is not None else ""
-    next_step = "" if takes else ". Next: runfs push"
+    held = all(each.get("held") for each in result.get("unsafe", []))  # a push would not help: see the reasons
+    next_step = "" if takes or held else ". Next: runfs push"
     return [text + takes + left + next_step, *_unsafe(result)]
 
 
@@ -155,6 +157,15 @@ def reindex(result: Result, args: Mapping[str, Any]) -> Lines:
         text + (f"; {count(len(damaged), 'directory is', 'directories are')} damaged:" if damaged else ""),
         *damaged,
         *(f"{plain(name)}: no record is there" for name in result.get("empty", [])),
+        *_elsewhere(result.get("elsewhere", [])),
+    ]
+
+
+def _elsewhere(found: Sequence[Mapping[str, Any]]) -> Lines:
+    counts = Counter(str(each.get("project")) for each in found)
+    return [
+        f"{count(number, 'record belongs', 'records belong')} to {plain(project)} on this machine: left out"
+        for project, number in sorted(counts.items())
     ]
 
 

@@ -27,7 +27,7 @@ def first(rows: Lines, more: str) -> Lines:
 def status(result: Result, args: Mapping[str, Any]) -> Lines:
     if "paths" in result:
         return [line for path in result["paths"] for line in _path_lines(path)]
-    out = [] if result.get("mountpoint") else [f"not mounted: {plain(result.get('index', 'this index'))}"]
+    out = [] if result.get("mountpoint") else [_not_mounted(result)]
     out.append(_states(result.get("states", {})))
     out += [_transaction(each) for each in result.get("transactions", [])][:SHOWN]
     out += [_moving(move) for move in result.get("moving", [])]
@@ -92,6 +92,13 @@ def _waiting(wait: Mapping[str, Any]) -> str:
 def process(entry: Mapping[str, Any]) -> str:
     """python[4121]"""
     return f"{plain(entry.get('process') or 'process')}[{entry.get('pid', '?')}]"
+
+
+def _not_mounted(result: Result) -> str:
+    if not result.get("dead_mount"):
+        return f"not mounted: {plain(result.get('index', 'this index'))}"
+    where = plain(result["dead_mount"])
+    return f"{where}: its daemon is gone. Run: runfs umount {where}, then mount again; nothing is lost"
 
 
 def _damaged(each: Mapping[str, Any]) -> str:

@@ -6,13 +6,18 @@ push, any directory of this machine, and a link would be made anywhere. Touches 
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from vfs import places
+from vfs.core import Core
 from vfs.errors import RunfsError
 from vfs.format import read_header
 from vfs.index_record import local_path
 from vfs.ingest import to_uri
+from vfs.manifest import Manifest
 from vfs.moving import is_directory
+from vfs.trust.owners import this_host
 from vfs.units import linked_record
 
 _PLACES = ("storage_uri", "local_uri")
@@ -95,3 +100,28 @@ def links_below(directory: bytes) -> Iterator[tuple[bytes, str]]:
             yield path, uuid
         elif is_below:
             yield from links_below(path)
+
+
+def lives_in(core: Core, manifest: Manifest) -> str | None:
+    """Another project of this machine that uses a record; None where none does, or it is ours. A store's word: it only
+    ever makes reindex leave something alone."""
+    here, project = this_host(), os.fsencode(core.settings.project_dir)
+    mine = [owner for owner in manifest.owners if owner.host == here]
+    if any(owner.project == project for owner in mine):
+        return None
+    for owner in mine:
+        if is_place_of(owner.directory, manifest.uuid):
+            return os.fsdecode(owner.project)
+    return None if manifest.owners else _told_by_row(core, manifest)
+
+
+def _told_by_row(core: Core, manifest: Manifest) -> str | None:
+    """For a manifest from before there were marks: the project around the place that its row names."""
+    row = next((row for row in manifest.rows if row.get("record_id") == manifest.uuid), None)
+    directory = place_in(row) if row is not None else None
+    if directory is None or not is_place_of(directory, manifest.uuid):
+        return None
+    index = places.find_index(Path(os.fsdecode(directory)).parent)
+    if index is None or os.path.realpath(index) == os.path.realpath(core.settings.index):
+        return None
+    return str(index.parent)

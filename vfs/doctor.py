@@ -4,15 +4,12 @@ import os
 import platform
 import shutil
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vfs import cache, policy
+from vfs import cache, mountinfo, policy
 from vfs.core import Home
 from vfs.errors import RunfsError
 from vfs.format import read_header
@@ -25,7 +22,6 @@ if TYPE_CHECKING:
 Finding = dict[str, Any]
 _MOST_RECORDS = 50  # damaged records named; the rest is counted
 _FORGOTTEN_S = 86400.0  # a transaction that is open for longer was probably forgotten
-_ANSWER_S = 5.0  # for another mount
 _SKEW_S = 300.0  # S3 refuses requests with a clock further off than 15 minutes
 
 
@@ -152,15 +148,11 @@ def _stores(session: "Session") -> Iterator[Finding]:
 
 
 def _mounts(session: "Session") -> Iterator[Finding]:
-    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
-        front, _dash, back = line.partition(" - ")
-        if not back.startswith("fuse.runfs "):
-            continue
-        mountpoint = front.split(" ")[4]
+    for mountpoint in mountinfo.runfs_mounts():
         if session.settings.mountpoint is not None and mountpoint == str(session.settings.mountpoint):
             yield _finding("mount", True, f"{mountpoint} is served by process {os.getpid()}")
             continue
-        alive = _answers(mountpoint)
+        alive = mountinfo.answers(mountpoint)
         yield _finding(
             "mount",
             None if alive else False,
@@ -175,18 +167,3 @@ def _passthrough(session: "Session") -> Iterator[Finding]:
         advice = "it needs Linux 6.9 or later and a daemon with CAP_SYS_ADMIN; without it all works, at less speed"
         wanted = state == "on" or session.settings.passthrough == "off"
         yield _finding("passthrough", True if wanted else None, state, "" if wanted else advice)
-
-
-def _answers(mountpoint: str) -> bool:
-    """Whether a mount has a daemon. statfs on a dead one fails at once; one that hangs is left to its thread."""
-    answers = threading.Event()
-
-    def ask() -> None:
-        with suppress(OSError):
-            os.statvfs(mountpoint)
-            answers.set()
-
-    asking = threading.Thread(target=ask, name="doctor", daemon=True)
-    asking.start()
-    asking.join(_ANSWER_S)
-    return answers.is_set()

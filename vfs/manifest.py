@@ -4,6 +4,7 @@ Used by push (build, publish, merge), evict (what a home must hold), hydrate (wh
 Pure: nothing here touches a disk or a network. This module owns the format of `.runfs/<uuid>/manifest.json`:
 
     {"format": 1, "uuid": ..., "generation": n, "rows": [index rows], "files": [file...],
+     "owners": [{"host": text, "project": path, "directory": path}...] (left out when there are none),
      "published_ns": when, by the publisher's clock, "notes": text (left out when empty), "interim": true (left out when
      false): published while the record was being written}
     file: {"path": text | {"base64": text}, "kind": "file"|"directory"|"symlink"|"other", "mode": int, "mtime_ns": int,
@@ -73,6 +74,15 @@ class Content:
 
 
 @dataclass(frozen=True, slots=True)
+class Owner:
+    """Who has published a record: a host, its project, and the directory that it has the record in."""
+
+    host: str
+    project: bytes
+    directory: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """A record as one home holds it. `files` are ordered by path; `contents` by digest. `generation` is the number of
     the version: it grows with each manifest that is published. `interim`: it was published while somebody wrote."""
@@ -85,6 +95,7 @@ class Manifest:
     published_ns: int = 0
     notes: str = ""
     interim: bool = False
+    owners: tuple[Owner, ...] = ()
 
     @property
     def size(self) -> int:
@@ -142,6 +153,11 @@ def dump(manifest: Manifest) -> bytes:
     }
     said = {"published_ns": manifest.published_ns, "notes": manifest.notes, "interim": manifest.interim}
     body |= {name: value for name, value in said.items() if value}
+    if manifest.owners:
+        body["owners"] = [
+            {"host": each.host, "project": _text(each.project), "directory": _text(each.directory)}
+            for each in manifest.owners
+        ]
     return json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
 
 
@@ -215,7 +231,15 @@ def _parse_body(body: dict[str, Any]) -> Manifest:
     published_ns = _whole({"published_ns": 0, **body}, "published_ns")
     interim = body.get("interim") is True
     generation = _whole(body, "generation", 0, NUMBER_MOST)
-    return Manifest(str(body["uuid"]), generation, tuple(files), contents, rows, published_ns, notes, interim)
+    owners = tuple(map(_parse_owner, body.get("owners", ())))
+    return Manifest(str(body["uuid"]), generation, tuple(files), contents, rows, published_ns, notes, interim, owners)
+
+
+def _parse_owner(item: dict[str, Any]) -> Owner:
+    owner = Owner(item["host"], _bytes(item["project"], "a project"), _bytes(item["directory"], "a directory"))
+    if not isinstance(owner.host, str) or b"\0" in owner.project + owner.directory:
+        raise ManifestError("an owner is not what it should be")
+    return owner
 
 
 def _whole(item: Mapping[str, Any], name: str, least: int = 0, most: int = 2**63 - 1) -> int:
@@ -327,7 +351,8 @@ def merge(base: Manifest | None, ours: Manifest, theirs: Manifest) -> Merge:
     contents = {**theirs.contents, **ours.contents}
     generation = max(ours.generation, theirs.generation) + 1
     rows = ours.rows or theirs.rows
-    merged = replace(ours, generation=generation, files=files, contents=contents, rows=rows)
+    owners = (*ours.owners, *(each for each in theirs.owners if each not in ours.owners))
+    merged = replace(ours, generation=generation, files=files, contents=contents, rows=rows, owners=owners)
     removed = tuple(file for path, file in work.mine.items() if path not in result)
     return Merge(merged, tuple(work.taken), tuple(work.clashes), removed, tuple(work.kept()))
 

@@ -10,7 +10,6 @@ from typing import Any
 from vfs.core import Core
 from vfs.errors import RunfsError
 from vfs.evict import Evictor, Stays
-from vfs.format import Status
 from vfs.index import Record
 from vfs.settings import limit_of
 from vfs.units import Unit
@@ -114,13 +113,8 @@ def value_of(core: Core, record: Record, condition: Condition, size: int, age: f
 
 
 def status_of(core: Core, record: Record) -> str | None:
-    """How a record's run stands: by its own markers or, where it has none, by those of its latest execution."""
-    own = core.units.status_of(record)
-    if own != Status.NONE:
-        return own
-    runs = [each for each in core.index.nested(record.uuid) if each.kind == "Execution"]
-    latest = max(runs, key=lambda each: each.created_at_ns, default=None)
-    return core.units.status_of(latest) if latest is not None else own
+    """How a record's run stands."""
+    return core.units.run_status_of(record)
 
 
 def _config(core: Core, uuid: str, path: str) -> object:

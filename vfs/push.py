@@ -36,7 +36,7 @@ from vfs.manifest import Content, File, Manifest, Merge, dump, merge, parse, par
 from vfs.scan import Changing, Scan, open_file, walk
 from vfs.scan import scan as scan_unit
 from vfs.taking import take
-from vfs.trust import conflicts
+from vfs.trust import conflicts, owners
 from vfs.trust.kept import with_quarantined
 from vfs.units import Unit
 from vfs.uploads import ADOPTED, Mover, Placed, Uploads
@@ -201,6 +201,7 @@ class Pusher:
         have |= uploads.run(self._pool, note)
         faults.point("push.recorded")
         ours = publishing.manifest(unit.uuid, with_keys(found.files, have), contents)
+        ours = owners.marked(self._core, unit, ours, previous)
         if row is not None and row.proven_ns and previous is not None and _is_there(previous, ours):
             return Pushed(home.name, 0, 0)
         ours = replace(ours, generation=self._number(unit, home, previous, ours))

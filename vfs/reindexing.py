@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vfs import wire
 from vfs.addresses import Pins
-from vfs.claims import is_place_of, links_below, own_rows, place_in
+from vfs.claims import is_place_of, links_below, lives_in, own_rows, place_in
 from vfs.core import Core, Home
 from vfs.errors import RunfsError, UsageError
 from vfs.manifest import Manifest
@@ -66,7 +66,7 @@ def reindex(session: "Session", args: dict[str, Any], progress: "Progress") -> d
     directories = [path for path in directories if os.path.isdir(path)]
     if args.get("dry_run"):
         found = {path for directory in directories for path in record_directories(directory)}
-        counts = {home.name: _count_records(home, damaged) for home in stores.values()}
+        counts = {home.name: _count_records(core, home, damaged) for home in stores.values()}
         empty = [name for name, records in counts.items() if not records]
         count = len(found) + sum(counts.values())
         return {"ingested": count, "restored_rows": 0, "empty": empty, "damaged": damaged, "exit": int(bool(damaged))}
@@ -74,12 +74,14 @@ def reindex(session: "Session", args: dict[str, Any], progress: "Progress") -> d
     ingested = len(done.ingested) + _take_links_up(session, directories, damaged)
     damaged += [{"path": path, "reason": reason} for path, reason in done.damaged]
     restored = len(put_rows_back(core))
-    empty = []
+    lacking: list[str] = []
+    elsewhere: list[dict[str, str]] = []
     for home in stores.values():
-        records, rows = _reindex_store(session, home, damaged, progress)
+        records, rows = _reindex_store(session, home, damaged, elsewhere, progress)
         restored += rows
-        empty += [] if records else [home.name]
-    said = {"ingested": ingested, "restored_rows": restored, "empty": empty, "damaged": damaged}
+        lacking += [] if records else [home.name]
+    said = {"ingested": ingested, "restored_rows": restored, "empty": lacking, "damaged": damaged}
+    said["elsewhere"] = elsewhere
     return {**said, "exit": int(bool(damaged))}
 
 
@@ -93,9 +95,14 @@ def _store_named(session: "Session", source: str) -> Home | None:
     return None
 
 
-def _count_records(home: Home, damaged: list[dict[str, Any]]) -> int:
+def _count_records(core: Core, home: Home, damaged: list[dict[str, Any]]) -> int:
     found = wire.manifests(home.store(), lambda key, reason: damaged.append(damaged_in(home, key, reason)))
-    return sum(1 for _each in found) + len(wire.plain_records(home.store()))
+    return sum(_elsewhere(core, each.manifest) is None for each in found) + len(wire.plain_records(home.store()))
+
+
+def _elsewhere(core: Core, manifest: Manifest) -> str | None:
+    """Another project of this machine that has a record which is none of ours: two must not evict one directory."""
+    return lives_in(core, manifest) if core.index.get(manifest.uuid) is None else None
 
 
 def damaged_in(home: Home, key: str, reason: str) -> dict[str, Any]:
@@ -113,10 +120,15 @@ def record_directories(directory: str) -> Iterator[str]:
 
 
 def _reindex_store(
-    session: "Session", home: Home, damaged: list[dict[str, Any]], progress: "Progress"
+    session: "Session",
+    home: Home,
+    damaged: list[dict[str, Any]],
+    elsewhere: list[dict[str, str]],
+    progress: "Progress",
 ) -> tuple[int, int]:
     """Take up the records that a store holds: their rows, and their bytes as evicted. One without a manifest gets its
-    own: its bytes are read once, to be digested. The number of root records there, and of rows put back."""
+    own: its bytes are read once, to be digested. One that another project of this machine has is only named. The number
+    of root records there, and of rows put back."""
     records = count = 0
 
     def take(found: wire.Found) -> None:
@@ -135,7 +147,11 @@ def _reindex_store(
 
     for found in wire.manifests(home.store(), note):
         records += 1
-        take(found)
+        project = _elsewhere(session.core, found.manifest)
+        if project is None:
+            take(found)
+        else:
+            elsewhere.append({"uuid": found.manifest.uuid, "project": project, "store": home.name})
     for uuid, stats in wire.plain_records(home.store()).items():
         records += 1
         if _is_here(session, uuid) and session.core.index.get(uuid) is not None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vfs import cache, policy, shadow
+from vfs import cache, mountinfo, policy, shadow
 from vfs.core import Core
 from vfs.errors import RunfsError, UnknownRecord, in_words
 from vfs.index import Record
@@ -37,7 +37,8 @@ def status(session: "Session", args: dict[str, Any], progress: "Progress") -> di
     if args.get("paths"):
         paths = [_path_status(session, str(path)) for path in args["paths"]]
         return {"paths": paths, "exit": int(any(path.get("error") for path in paths))}
-    return {**overview(session), "exit": 0}
+    found = overview(session)
+    return {**found, "exit": int(found["dead_mount"] is not None)}
 
 
 def overview(session: "Session") -> dict[str, Any]:
@@ -54,6 +55,7 @@ def overview(session: "Session") -> dict[str, Any]:
     return {
         "mountpoint": str(mountpoint) if mountpoint else None,
         "index": str(session.settings.index),
+        "dead_mount": None if mountpoint else dead_mount(core),
         "records": total,
         "states": {
             "resident": {"records": max(roots - evicted, 0), "bytes": sum(here.values())},
@@ -78,6 +80,15 @@ def overview(session: "Session") -> dict[str, Any]:
         "quarantine": [_in_quarantine(row) for row in core.journal.quarantined()],
         "warnings": [*session.warnings, *_unlooked(core, sizes, roots)],
     }
+
+
+def dead_mount(core: Core) -> str | None:
+    """Where this index was mounted, if that is a mount still and nobody serves it. Only for a process that has the
+    journal to itself: then no daemon of this index runs."""
+    mountpoint = core.journal.note("mountpoint")
+    if mountpoint is None or mountpoint not in mountinfo.runfs_mounts() or mountinfo.answers(mountpoint):
+        return None
+    return mountpoint
 
 
 def _in_quarantine(row: Quarantined) -> dict[str, Any]:
@@ -376,12 +387,13 @@ def safe(session: "Session", args: dict[str, Any], progress: "Progress") -> dict
         try:
             unit_files, unit_size = unpushed(core, unit)
         except (OSError, RunfsError) as error:
-            unsafe.append({"uuid": unit.uuid, "reason": _why(error), "bytes": 0})
+            unsafe.append({"uuid": unit.uuid, "reason": _why(error), "bytes": 0, "held": True})
             continue
         if unit_files:
             if not unit.dirty:  # nobody had noticed: it is pushed from here on
                 core.units.mark_dirty(unit, "found changed")
-            unsafe.append({"uuid": unit.uuid, "reason": _unsafe_reason(core, unit, unit_files), "bytes": unit_size})
+            reason, held = _unsafe_reason(core, unit, unit_files), unit.uuid in core.transactions
+            unsafe.append({"uuid": unit.uuid, "reason": reason, "bytes": unit_size, "held": held})
             files, size = files + unit_files, size + unit_size
     rate = core.moves.push_rate or None
     return {

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from vfs import cache, linux
 from vfs.errors import DamagedRecord, Refused, RunfsError, UnknownRecord
-from vfs.format import STATUS_MARKERS, run_status
+from vfs.format import STATUS_MARKERS, Status, run_status
 from vfs.index import Index, Record
 from vfs.journal import Journal, UnitRow
 from vfs.residency import State, allowed
@@ -214,6 +214,15 @@ class Units:
             return None if unit.evicted and _markers_away(base) else run_status(base).value
         except (RunfsError, OSError):
             return None
+
+    def run_status_of(self, record: Record) -> str | None:
+        """How a record's run stands: by its own markers or, where it has none, by those of its latest execution."""
+        own = self.status_of(record)
+        if own != Status.NONE:
+            return own
+        runs = [each for each in self._index.nested(record.uuid) if each.kind == "Execution"]
+        latest = max(runs, key=lambda each: each.created_at_ns, default=None)
+        return self.status_of(latest) if latest is not None else own
 
     # --- change ------------------------------------------------------------------------------------------------
 

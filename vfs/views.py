@@ -86,7 +86,7 @@ class Views:
             return search(created_after_ns=first, created_before_ns=end)
         if view == "status" and value not in self._index.values("status"):
             return []
-        return search(**{view: value}, status_of=self._units.status_of)  # type: ignore[arg-type]
+        return search(**{view: value}, status_of=self._units.run_status_of)  # type: ignore[arg-type]
 
 
 def encode_value(value: str) -> bytes:

@@ -130,3 +130,11 @@ def test_import_of_addresses(made: Path, tmp_path: Path) -> None:
         ("link+nowhere", "there is no such directory"),
     ]:
         assert why in runfs(project, "import", bad, exit_code=2)
+
+
+def test_looking_makes_no_store(tmp_path: Path) -> None:
+    """A mistyped directory is no store."""
+    mistyped = tmp_path / "lbo"
+    said = runfs(tmp_path, "records", "walk", "--store", mistyped.as_uri(), exit_code=2)
+    assert "there is no such directory" in said
+    assert not mistyped.exists()

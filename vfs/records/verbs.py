@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from vfs.errors import DamagedRecord, RunfsError, UsageError
 from vfs.format import read_header
@@ -23,12 +24,14 @@ Verb = Callable[[Records, Args], dict[str, Any]]
 
 
 @contextmanager
-def opened(settings: Settings) -> Iterator[Records]:
-    """Records in the configured stores that keep what they are given; a store that calculates is left out. Raises
-    ConfigError, UsageError when there is none."""
+def opened(settings: Settings, *, new: bool = True) -> Iterator[Records]:
+    """Records in the configured stores that keep what they are given; a store that calculates is left out. `new`: a
+    directory that is not there yet becomes one. Raises ConfigError, UsageError when there is none."""
     stores: list[Store] = []
     try:
         for each in settings.stores:
+            if not new:
+                _must_be_there(each.url)
             if not nature(each.url, each.name, each.options).calculates:
                 stores.append(_open(each, settings))
         if not stores:
@@ -37,6 +40,13 @@ def opened(settings: Settings) -> Iterator[Records]:
     finally:
         for store in stores:
             store.disconnect()
+
+
+def _must_be_there(url: str) -> None:
+    """Who only looks must not make a store of a mistyped directory."""
+    parts = urlsplit(url)
+    if parts.scheme == "file" and not os.path.isdir(unquote(parts.path)):
+        raise UsageError(f"{url}: there is no such directory")
 
 
 def _open(given: StoreSettings, settings: Settings) -> Store:
@@ -174,7 +184,7 @@ VERBS: dict[str, Verb] = {
 
 def run(settings: Settings, verb: str, args: Args) -> dict[str, Any]:
     """Run one of `VERBS` on the configured stores. Raises RunfsError."""
-    with opened(settings) as records:
+    with opened(settings, new=verb not in ("walk", "retrieve", "download")) as records:
         try:
             return VERBS[verb](records, args)
         except OSError as error:
