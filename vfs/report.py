@@ -16,7 +16,7 @@ from vfs.index import Record
 from vfs.push import rows_digest
 from vfs.residency import FileState
 from vfs.scan import differs, open_file, walk
-from vfs.trust import conflicts
+from vfs.trust import conflicts, moved
 from vfs.trust.journal import Quarantined
 from vfs.units import Unit
 from vfs.versions import transactions
@@ -395,6 +395,10 @@ def safe(session: "Session", args: dict[str, Any], progress: "Progress") -> dict
             reason, held = _unsafe_reason(core, unit, unit_files), unit.uuid in core.transactions
             unsafe.append({"uuid": unit.uuid, "reason": reason, "bytes": unit_size, "held": held})
             files, size = files + unit_files, size + unit_size
+    for each in moved.left_behind(session.settings):
+        if each.unpushed:
+            reason = f"unpushed changes from {each.index} are in {each.state}"
+            unsafe.append({"uuid": "-", "reason": reason, "bytes": 0, "held": True})
     rate = core.moves.push_rate or None
     return {
         "safe": not unsafe,

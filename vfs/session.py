@@ -23,7 +23,7 @@ from vfs.reserve import Reserve
 from vfs.serving import Claim
 from vfs.settings import Settings
 from vfs.stores import validate
-from vfs.trust import conflicts, verifying
+from vfs.trust import conflicts, moved, verifying
 from vfs.units import point
 from vfs.versions import actions as version_actions
 from vfs.versions.reverting import Reverter
@@ -109,7 +109,8 @@ class Session:
             log.warning("%s", sentence)
             if role == "daemon":
                 self.warnings.append(sentence)
-        self.warnings += [*self.core.units.load_dirty(), *self._out_of_reach()]
+        moved.remember(self.core.journal, self.settings.index)
+        self.warnings += [*self.core.units.load_dirty(), *self._out_of_reach(), *moved.warnings(self.settings)]
         self.put_rows_back()
 
     def _out_of_reach(self) -> list[str]:

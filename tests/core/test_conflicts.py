@@ -21,7 +21,7 @@ class Nobody:
         return None
 
 
-@pytest.fixture(params=["hooked", "file", "file evicted"])
+@pytest.fixture(params=["hooked", "file evicted"])
 def hosts(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Place, Place]:
     """The same record on two hosts with one store, pushed by both; `evicted`: on the second it is evicted."""
     url = f"hooked://{tmp_path}" if request.param == "hooked" else (tmp_path / "store").as_uri()

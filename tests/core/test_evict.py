@@ -489,6 +489,16 @@ ACTS: dict[str, tuple[str, bytes]] = {
         "os.rename('tmp', 'metrics.json', src_dir_fd=top, dst_dir_fd=top)",
         b"WRITTEN",
     ),
+    "map": (
+        "import mmap; fd = inside('weights.npy', os.O_RDWR); m = mmap.mmap(fd, 0); os.close(fd); time.sleep(0.1); "
+        "m[5:12] = b'WRITTEN'; m.close()",
+        b"WRITTEN",
+    ),
+    "map small": (
+        "import mmap; fd = inside('metrics.json', os.O_RDWR); m = mmap.mmap(fd, 0); os.close(fd); time.sleep(0.1); "
+        "m[5:12] = b'WRITTEN'; m.close()",
+        b"WRITTEN",
+    ),
     "rename": ("os.rename('weights.npy', 'moved.npy', src_dir_fd=top, dst_dir_fd=top)", FILES[b"weights.npy"][:50]),
 }
 
@@ -505,7 +515,7 @@ def test_a_process_that_had_the_directory_open_loses_nothing(tmp_path: Path, act
     """At each step of an eviction: either the act fails loudly, or its bytes are found."""
     line, bytes_expected = act
     outcomes = set()
-    for point in POINTS if act in (ACTS["write"], ACTS["create"]) else TELLING:
+    for point in POINTS if act in (ACTS["write"], ACTS["create"], ACTS["map"], ACTS["rename"]) else TELLING:
         place = Place(tmp_path / point)
         root = place.record()
         with outsider(root) as other:

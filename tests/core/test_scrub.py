@@ -439,6 +439,8 @@ def test_quarantine_of_a_chunk_in_the_cache(alone: tuple[Session, Place], store:
     assert [n for first, end in header.runs for n in range(first, end)] == [0, 2]
     kept = [data for name, data in contents(unit.shadow).items() if b".damaged-" in name]
     assert kept == [wrong]
+    session.pusher.push(unit)
+    assert [row.path for row in session.core.journal.quarantined()] == [b"weights.npy"], "a push does not end it"
 
 
 def test_a_store_that_cannot_be_asked_is_no_reason_to_give_up(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 Blocks on the local disk and on stores, each call within its deadline, and as long as the pace wants. Changes nothing.
 """
 
+import errno
 import os
 import threading
 import time
@@ -108,10 +109,8 @@ def on_disk(core: Core, unit: Unit, item: Known, content: Content, pace: Pace) -
     bytes, whatever its ctime says: what changes bytes and leaves the mtime is damage, or hides like it."""
     try:
         fd = open_file(unit.base, item.file.path, os.O_RDONLY)
-    except FileNotFoundError:
-        return Verdict(Word.OTHER)
     except OSError as error:
-        return Verdict(Word.BAD, f"it cannot be opened: {error.strerror}")
+        return _refused(error, "opened")
     try:
         if core.in_use(fd) is not None or linux.has_writers(fd):
             return Verdict(Word.OTHER)
@@ -122,10 +121,17 @@ def on_disk(core: Core, unit: Unit, item: Known, content: Content, pace: Pace) -
         after = os.fstat(fd)
         same = (before.st_mtime_ns, before.st_ctime_ns) == (after.st_mtime_ns, after.st_ctime_ns)
         return found if same else Verdict(Word.OTHER)
-    except OSError as error:  # EIO: the disk itself knows
-        return Verdict(Word.BAD, f"it cannot be read: {error.strerror}")
+    except OSError as error:
+        return _refused(error, "read")
     finally:
         os.close(fd)
+
+
+def _refused(error: OSError, what: str) -> Verdict:
+    """Only where the disk itself says that it is damaged it is; a file may also be gone, or just being evicted."""
+    if error.errno in (errno.EIO, errno.EUCLEAN, errno.EBADMSG):
+        return Verdict(Word.BAD, f"it cannot be {what}: {error.strerror}")
+    return Verdict(Word.OTHER)
 
 
 def _look(unit: Unit, fd: int, item: Known, content: Content, pace: Pace) -> Verdict:

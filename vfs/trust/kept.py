@@ -20,7 +20,8 @@ def with_quarantined(core: Core, unit: Unit, found: Scan) -> tuple[Scan, frozens
     added: list[Known] = []
     for row in rows:
         present = here.get(row.path)
-        if present is not None and (row.kept or present.digest != row.digest):
+        here_again = row.kept and not unit.evicted  # of an evicted record its placeholder is there all the time
+        if present is not None and (here_again or present.digest != row.digest):
             core.journal.release(unit.uuid, row.path)
             if present.digest == row.digest:  # somebody has brought it: the homes get it again
                 for home in core.homes:

@@ -70,7 +70,8 @@ class Scrubber:
         sizes = self._core.journal.sizes()
         self._total = sum(sizes.get(unit.uuid, (0, 0))[0] for unit in units)
         self._total_bytes = sum(sizes.get(unit.uuid, (0, 0))[1] for unit in units) * (1 + len(self._core.homes))
-        self._away: dict[str, int] = {}  # how many times in a row a store did not answer
+        self._mute: set[str] = set()  # stores that did not answer for this record
+        self._away: dict[str, int] = {}  # for how many records in a row a store did not answer
         self.state = Scrub("", 0)
         self.stopped = False
 
@@ -118,6 +119,7 @@ class Scrubber:
     def _one(self, unit: Unit, after: bytes) -> None:
         try:
             homes = self._homes(unit)
+            self._mute.clear()
             if not after:
                 self._in_quarantine(unit)
                 self._manifests(unit, homes)
@@ -172,10 +174,12 @@ class Scrubber:
             if replica is None:
                 there[home.name] = Verdict(Word.GONE, "it has no copy that the journal knows of")
                 continue
-            if self._away.get(home.name, 0) >= _AWAY:
+            if home.name in self._mute or self._away.get(home.name, 0) >= _AWAY:
                 there[home.name] = Verdict(Word.UNKNOWN, "it was not asked any more: it did not answer")
                 continue
             there[home.name] = in_store(home, replica, content, self._pace)
+            if there[home.name].word is Word.UNKNOWN:
+                self._mute.add(home.name)
             if there[home.name].word is Word.GOOD:
                 proofs.append(replace(replica, proven_ns=time.time_ns(), how="read back"))
         if any(verdict.word is not Word.GOOD for verdict in there.values()):
@@ -324,6 +328,8 @@ class Scrubber:
                 continue
             found = manifest_in(home, unit.uuid, row.manifest)
             self._away[home.name] = self._away.get(home.name, 0) + 1 if found.said is Said.UNKNOWN else 0
+            if found.said is Said.UNKNOWN:
+                self._mute.add(home.name)
             if found.said is Said.SAME:
                 continue
             self._note(unit, b"", home.name, found.reason)
