@@ -32,7 +32,7 @@ def hosts(make_project: Make, mount: Mount, tmp_path: Path) -> tuple[Mounted, Mo
         )
         mounted.json("push")
         found.append(mounted)
-    uuid = next(path.name for path in found[0].path.iterdir())
+    (uuid,) = found[0].project.runs
     assert (found[1].path / uuid).is_dir(), "the same record"
     return found[0], found[1], uuid
 
