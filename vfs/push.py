@@ -32,7 +32,7 @@ from vfs.hydrate import Hydrator
 from vfs.journal import Home as HomeRow
 from vfs.journal import Journal, Known, Replica
 from vfs.living import live_record
-from vfs.manifest import Content, File, Manifest, Merge, dump, merge, parse, parse_ours
+from vfs.manifest import Content, File, Manifest, Merge, dump, merge, parse, parse_ours, same_tree
 from vfs.scan import Changing, Scan, open_file, walk
 from vfs.scan import scan as scan_unit
 from vfs.taking import take
@@ -300,7 +300,7 @@ class Pusher:
         return done.clashes
 
     def _merge(self, unit: Unit, home: Home, base: Manifest | None, ours: Manifest, theirs: Manifest) -> Merge:
-        if base is not None and theirs.generation <= base.generation and theirs != base:
+        if base is not None and theirs.generation <= base.generation and not same_tree(theirs, base):
             base = None  # an older one was put back there: what it lacks was not removed by anybody
         merged = merge(base, ours, theirs)
         self._core.journal.add_contents(theirs.contents.values())
