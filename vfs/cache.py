@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from vfs import faults, linux
 from vfs.errors import RunfsError
-from vfs.manifest import CHUNK, chunk_count
+from vfs.manifest import CHUNK, OURS, chunk_count
 
 FLIGHT = 8  # chunks that travel together: 8 MiB ranges were as fast as larger ones
 ATTRIBUTE = "user.runfs.content"
@@ -72,10 +72,21 @@ def read_header(target: int | bytes) -> Header | None:
     return Header(digest, size, bool(changed), tuple(_RUN.iter_unpack(tail[: len(tail) // 8 * 8])))
 
 
+def has_mark(fd: int) -> bool:
+    """Whether an open file says of itself, truly or not, that it is a placeholder."""
+    try:
+        os.getxattr(fd, ATTRIBUTE)
+    except OSError as error:
+        if error.errno in (errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM):
+            return False
+        raise
+    return True
+
+
 def user_attributes(fd: int) -> tuple[tuple[str, bytes], ...]:
     """The extended attributes of an open file that belong to its record: `user.*`, without ours."""
     try:
-        names = sorted(name for name in os.listxattr(fd) if name.startswith("user.") and name != ATTRIBUTE)
+        names = sorted(name for name in os.listxattr(fd) if name.startswith("user.") and not name.startswith(OURS))
     except OSError as error:
         if error.errno == errno.EOPNOTSUPP:
             return ()

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from vfs import addresses, archives, linux, shadow, wire
 from vfs.addresses import Address, Pin, Pins, digest_of_manifests, parse_address
 from vfs.claims import own_rows
+from vfs.copying import copy_tree
 from vfs.core import Home
 from vfs.errors import DamagedRecord, Refused, RunfsError, UsageError
 from vfs.format import Header, read_header
@@ -118,7 +119,7 @@ def _import_one(session: "Session", path: str, dry_run: bool) -> list[str]:
     partial = target.with_name(f".runfs-import-{header.uuid}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        shutil.copytree(path, partial, symlinks=True)
+        copy_tree(os.fsencode(path), os.fsencode(partial))
         shadow.sync(os.fsencode(partial))
         os.rename(partial, target)
         linux.sync_directory(os.fsencode(target.parent))

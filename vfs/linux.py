@@ -12,6 +12,7 @@ import os
 import signal
 import stat
 import struct
+import threading
 from contextlib import suppress
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -24,6 +25,7 @@ _RESOLVE_BENEATH = 0x08
 _FALLOC_KEEP_SIZE = 1
 _FALLOC_PUNCH_HOLE = 2
 _F_SETSIG = 10
+_PR_SET_DUMPABLE = 4
 AT_FDCWD = -100
 
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
@@ -130,6 +132,30 @@ def lease_held(fd: int) -> bool:
     return fcntl.fcntl(fd, fcntl.F_GETLEASE) == fcntl.F_WRLCK
 
 
+def keep_out_of_core_dumps() -> None:
+    """Let the kernel write no core dump of this process, which has credentials in its memory, and show its memory and
+    environment to no other process but root's. Programs it starts are not affected. Source: prctl(2), proc(5)."""
+    _check(_libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0))
+
+
+def is_served(mountpoint: str | os.PathLike[str], wait_s: float = 2.0) -> bool:
+    """Whether a FUSE mount has a process behind it: False only where the kernel says that it has gone. One that does
+    not answer in time, or not to us, has one."""
+    gone = []
+
+    def ask() -> None:
+        try:
+            os.statvfs(mountpoint)
+        except OSError as error:
+            if error.errno in (errno.ENOTCONN, errno.ECONNABORTED):
+                gone.append(error)
+
+    thread = threading.Thread(target=ask, name="statfs", daemon=True)  # it may wait for as long as the mount lives
+    thread.start()
+    thread.join(wait_s)
+    return not gone
+
+
 def owners_of(device: int, inode: int) -> list[tuple[int, str]]:
     """Processes that have a file open, as (pid, name), as far as /proc lets us see. For messages only."""
     found = []
@@ -187,7 +213,17 @@ def give_mode(fd: int, name: bytes | None, mode: int) -> None:
         os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) | mode & 0o777)
     else:
         now = os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode
-        os.chmod(name, stat.S_IMODE(now) | mode & 0o777, dir_fd=fd)
+        change_mode(fd, name, stat.S_IMODE(now) | mode & 0o777)
+
+
+def change_mode(directory: int, name: bytes, mode: int) -> None:
+    """chmod(2) of a name in an open directory, whatever stands there but what a symlink leads to: chmod by name would
+    follow one that somebody has just put in its place. Raises OSError (EOPNOTSUPP for a symlink)."""
+    there = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        os.chmod(f"/proc/self/fd/{there}", mode)
+    finally:
+        os.close(there)
 
 
 def drop_set_id(fd: int) -> bool:

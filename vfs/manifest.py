@@ -35,6 +35,9 @@ DIGEST = 32
 KINDS = ("file", "directory", "symlink", "other")
 NOTES_MOST = 16384  # characters of a version's notes
 NUMBER_MOST = 2**62  # there must be numbers after it
+OURS = "user.runfs."  # extended attributes that this machine's runfs keeps for itself: of no record, in no manifest
+SET_ID = 0o6000  # set-user-id and set-group-id
+_SHOWN = 100  # characters of somebody's words in a message
 
 _REMEMBERED_MOST = 256 << 10  # bytes of a manifest; it takes some ten times as much when it is parsed
 
@@ -195,11 +198,11 @@ def parse(data: bytes, uuid: str | None = None) -> Manifest:
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise ManifestError("the manifest has no format this version of runfs knows; upgrade runfs")
     if uuid is not None and body.get("uuid") != uuid:
-        raise ManifestError(f"the manifest is of record {body.get('uuid')!r}, not of {uuid}")
+        raise ManifestError(f"the manifest is of record {body.get('uuid')!r:.{_SHOWN}}, not of {uuid}")
     try:
         return _parse_body(body)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, binascii.Error) as error:
-        raise ManifestError(f"the manifest contradicts itself: {error!r}") from error
+        raise ManifestError(f"the manifest contradicts itself: {error!r:.{_SHOWN}}") from error
 
 
 def parse_ours(data: bytes, uuid: str) -> Manifest:
@@ -261,7 +264,7 @@ def _parse_file(item: dict[str, Any], contents: dict[bytes, Content]) -> File:
     path = _bytes(item["path"], "a path")
     kind = item["kind"]
     if kind not in KINDS:
-        raise ManifestError(f"unknown kind {kind!r}")
+        raise ManifestError(f"unknown kind {kind!r:.{_SHOWN}}")
     mode, mtime_ns = _whole(item, "mode") & 0o7777, _whole(item, "mtime_ns", -(2**63))
     uid = _whole(item, "uid", 0, 2**32 - 2) if "uid" in item else 0
     gid = _whole(item, "gid", 0, 2**32 - 2) if "gid" in item else 0
@@ -269,26 +272,35 @@ def _parse_file(item: dict[str, Any], contents: dict[bytes, Content]) -> File:
     if kind == "symlink":
         target = _bytes(item["target"], "a link's target")
         if not 0 < len(target) < 4096 or b"\0" in target:
-            raise ManifestError(f"{path!r}: not a target a link can have")
+            raise ManifestError(f"{path!r:.{_SHOWN}}: not a target a link can have")
         return File(path, kind, mode, mtime_ns, 0, b"", "", target, uid, gid, b"", attributes)
     if kind != "file":
         return File(path, kind, mode, mtime_ns, 0, b"", "", b"", uid, gid, b"", attributes)
     size, digest = _whole(item, "size"), bytes.fromhex(item["digest"])
     chunks = base64.b64decode(item["chunks"], validate=True) if "chunks" in item else (digest if size else b"")
     if len(digest) != DIGEST or len(chunks) != chunk_count(size) * DIGEST or (0 < size <= CHUNK and chunks != digest):
-        raise ManifestError(f"{path!r}: its digests do not fit its size")
+        raise ManifestError(f"{path!r:.{_SHOWN}}: its digests do not fit its size")
     if not isinstance(item["key"], str) or not item["key"].isprintable():
-        raise ManifestError(f"{path!r}: its object's name is no text")
+        raise ManifestError(f"{path!r:.{_SHOWN}}: its object's name is no text")
     content = Content(digest, size, chunks)
     if contents.setdefault(digest, content) != content:
-        raise ManifestError(f"{path!r}: one digest stands for two contents")
+        raise ManifestError(f"{path!r:.{_SHOWN}}: one digest stands for two contents")
     return File(path, kind, mode, mtime_ns, size, digest, item["key"], b"", uid, gid, b"", attributes)
 
 
 def _attributes(item: Mapping[str, str]) -> tuple[tuple[str, bytes], ...]:
+    """A file's extended attributes, without those that say where its bytes are: a store that could set these would have
+    holes read as bytes that are here."""
     if not all(isinstance(name, str) and name.startswith("user.") and "\0" not in name for name in item):
         raise ManifestError("an extended attribute is not in the namespace user.")
-    return tuple(sorted((name, base64.b64decode(value, validate=True)) for name, value in item.items()))
+    theirs = ((name, value) for name, value in item.items() if not name.startswith(OURS))
+    return tuple(sorted((name, base64.b64decode(value, validate=True)) for name, value in theirs))
+
+
+def foreign(file: File) -> File:
+    """A file as it is taken from somebody else's word: never one that runs with the rights of its owner or group. (On a
+    directory the bit means that new files get its group.)"""
+    return replace(file, mode=file.mode & ~SET_ID) if file.kind in ("file", "other") else file
 
 
 def check_tree(files: Iterable[File]) -> None:
@@ -297,14 +309,14 @@ def check_tree(files: Iterable[File]) -> None:
     for file in files:
         parts = file.path.split(b"/")
         if not all(part not in (b"", b".", b"..") and b"\0" not in part and len(part) <= 255 for part in parts):
-            raise ManifestError(f"{file.path!r} is not a plain relative path")
+            raise ManifestError(f"{file.path!r:.{_SHOWN}} is not a plain relative path")
         if file.path in seen:
-            raise ManifestError(f"{file.path!r} appears twice")
+            raise ManifestError(f"{file.path!r:.{_SHOWN}} appears twice")
         seen[file.path] = file.kind
     for path in seen:
         parent = path.rpartition(b"/")[0]
         if parent and seen.get(parent) != "directory":
-            raise ManifestError(f"{path!r} lies in something that is not a directory")
+            raise ManifestError(f"{path!r:.{_SHOWN}} lies in something that is not a directory")
 
 
 def same_tree(one: Manifest, other: Manifest) -> bool:

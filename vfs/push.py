@@ -102,7 +102,7 @@ class Pusher:
         def content(digest: bytes) -> Content | None:
             return contents.get(digest) or self._core.content(digest)
 
-        found = scan_unit(unit.base, before, content=content, hydrate=hydrate)
+        found = scan_unit(unit.base, before, content=content, hydrate=hydrate if unit.evicted else None)
         if found.changed or len(found.known) != len(before):
             self._core.journal.replace_known(unit.uuid, found.known, found.contents.values())
         return found

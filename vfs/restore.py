@@ -22,7 +22,7 @@ from vfs.core import Home, manifest_key, quietly_remove
 from vfs.errors import NotFound, Refused, RunfsError
 from vfs.journal import Home as HomeRow
 from vfs.journal import Known, Replica, UnitRow
-from vfs.manifest import Manifest, parse
+from vfs.manifest import Manifest, foreign, parse
 from vfs.moving import Moving, is_directory
 from vfs.push import rows_digest
 from vfs.residency import RECOVERY, State
@@ -193,7 +193,7 @@ class Restorer(Moving):
     def adopt(self, manifest: Manifest, home: Home, version: str, body: bytes, directory: bytes) -> Unit:
         """Take up a record of which only a store has the bytes: evicted from the start."""
         journal, now = self._core.journal, time.time_ns()
-        known = {file.path: Known(file, 0, 0) for file in manifest.files}
+        known = {file.path: Known(foreign(file), 0, 0) for file in manifest.files}
         journal.replace_known(manifest.uuid, known.values(), manifest.contents.values())
         journal.set_replicas(
             Replica(f.digest, home.name, manifest.uuid, f.key, 0, "") for f in manifest.files if f.kind == "file"

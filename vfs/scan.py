@@ -128,7 +128,8 @@ def scan(
     """Describe the tree at `root`, digesting only what is not what `before` says.
 
     `content(digest)` gives what is known of a digest; `hydrate(path)` is called for a placeholder that was written
-    to in part and must be whole to be digested. Raises OSError, NoReplica (from `hydrate`).
+    to in part and must be whole to be digested; without it the tree is no shadow, and a file that says of itself to be
+    a placeholder is refused. Raises OSError, NoReplica (from `hydrate`), DamagedRecord.
     """
     known: list[Known] = []
     contents: dict[bytes, Content] = {}
@@ -211,12 +212,11 @@ def _take(
     for attempt in range(_ATTEMPTS):
         fd = open_file(root, seen.path, os.O_RDONLY)
         try:
-            header = cache.read_header(fd)
-            if header is not None:
+            if hydrate is None:
+                refuse_mark(fd, seen.path)
+            elif (header := cache.read_header(fd)) is not None:
                 if not header.changed and (known := content(header.digest)) is not None:
                     return known, os.fstat(fd), cache.user_attributes(fd), True
-                if hydrate is None:
-                    raise DamagedRecord(f"{os.fsdecode(seen.path)} is not whole and cannot be completed here")
                 hydrate(seen.path)
                 continue
             before = _let_settle(fd)
@@ -232,6 +232,17 @@ def _take(
         if attempt == _ATTEMPTS - 1 and after.st_size > before.st_size:
             return digested, before, attributes, False  # what it held when we began, and dirty still
     raise Changing(f"{os.fsdecode(seen.path)} went on changing while it was read")
+
+
+def refuse_mark(fd: int, path: bytes) -> None:
+    """Raise DamagedRecord for a file outside the cache that has a placeholder's mark. It is a copy of one, in which
+    holes stand for bytes, or somebody wants his file taken for another content: neither its bytes nor its word will
+    do."""
+    if cache.has_mark(fd):
+        raise DamagedRecord(
+            f"{os.fsdecode(path)} is not whole: it has the attribute {cache.ATTRIBUTE}, as files in runfs's cache do. "
+            f"Copy it from the mount instead, or if its bytes are right: setfattr -x {cache.ATTRIBUTE} FILE"
+        )
 
 
 def _let_settle(fd: int) -> os.stat_result:

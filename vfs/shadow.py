@@ -47,7 +47,7 @@ def _make(directory: int, name: bytes, file: File) -> int | None:
     if file.kind == "directory":
         with suppress(FileExistsError):
             os.mkdir(name, 0o700, dir_fd=directory)
-        os.chmod(name, file.mode, dir_fd=directory)
+        linux.change_mode(directory, name, file.mode)
         _own(directory, name, file)
         return None
     if file.kind == "symlink":
@@ -222,7 +222,7 @@ def _copy(fd: int, name: bytes, directory: int | None) -> int:
     out = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=directory)
     try:
         status = os.fstat(fd)
-        _copy_bytes(fd, out, status.st_size)
+        copy_bytes(fd, out, status.st_size)
         if os.geteuid() == 0:
             os.fchown(out, status.st_uid, status.st_gid)
         os.fchmod(out, stat.S_IMODE(status.st_mode))
@@ -235,7 +235,7 @@ def _copy(fd: int, name: bytes, directory: int | None) -> int:
     return out
 
 
-def _copy_bytes(fd: int, out: int, size: int) -> None:
+def copy_bytes(fd: int, out: int, size: int) -> None:
     """Copy between file systems of any two kinds (copy_file_range(2) takes only two of one kind); holes stay holes."""
     os.ftruncate(out, size)
     position = 0

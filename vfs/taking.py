@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from vfs import faults, linux, shadow
 from vfs.journal import Known
-from vfs.manifest import File
+from vfs.manifest import File, foreign
 from vfs.scan import Seen, open_file
 from vfs.units import Unit, set_aside_name
 
@@ -32,7 +32,7 @@ def take(unit: Unit, files: Iterable[File], known: Mapping[bytes, Known], comple
     """
     base = unit.base
     with _beside(unit) as beside:
-        for file in sorted(files, key=lambda item: item.path):
+        for file in sorted(map(foreign, files), key=lambda item: item.path):
             if file.kind == "directory":
                 shadow.add_file(base, file)
                 continue
@@ -53,7 +53,7 @@ def replaced_by(unit: Unit, file: File, known: Known, complete: Complete, kept: 
     replaces gets the name `kept` (b"": it goes). False, and nothing changed, otherwise. Raises NoReplica, Full,
     OSError."""
     with _beside(unit) as beside:
-        fd = shadow.add_file(beside, replace(file, path=b"file", same=b""))
+        fd = shadow.add_file(beside, replace(foreign(file), path=b"file", same=b""))
         assert fd is not None
         try:
             complete(fd, file.path)

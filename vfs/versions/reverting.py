@@ -20,7 +20,7 @@ from vfs import cache, faults, linux, shadow
 from vfs.core import Core
 from vfs.errors import Refused, UsageError
 from vfs.journal import Known
-from vfs.manifest import File, Manifest, digest_of
+from vfs.manifest import SET_ID, File, Manifest, digest_of, foreign
 from vfs.scan import Scan, Seen, open_file, reader
 from vfs.units import Unit, set_aside_name
 
@@ -94,9 +94,10 @@ def _same_content(here: File, there: File) -> bool:
 
 
 def _meta(file: File) -> tuple[object, ...]:
-    """What can be set again; the mode of a link means nothing, and only root can give files away."""
+    """What can be set again; the mode of a link means nothing, only root can give files away, and set-id bits stay as
+    they are: a version is a store's word."""
     owner = (file.uid, file.gid) if os.geteuid() == 0 else ()
-    return (file.mode if file.kind != "symlink" else 0, file.mtime_ns, owner, file.attributes)
+    return (foreign(file).mode if file.kind != "symlink" else 0, file.mtime_ns, owner, file.attributes)
 
 
 class Reverter:
@@ -161,7 +162,7 @@ class Reverter:
         return ready
 
     def _make(self, unit: Unit, beside: bytes, name: bytes, file: File) -> None:
-        fd = shadow.add_file(beside, replace(file, path=name, same=b""))
+        fd = shadow.add_file(beside, replace(foreign(file), path=name, same=b""))
         if fd is None:
             return
         try:
@@ -271,7 +272,7 @@ def _touch(base: bytes, file: File) -> None:
         if os.geteuid() == 0:
             os.chown(name, file.uid, file.gid, dir_fd=directory, follow_symlinks=False)
         if file.kind != "symlink":
-            os.chmod(name, file.mode, dir_fd=directory)
+            linux.change_mode(directory, name, foreign(file).mode)
         os.utime(name, ns=(file.mtime_ns, file.mtime_ns), dir_fd=directory, follow_symlinks=False)
     finally:
         os.close(directory)
@@ -286,9 +287,11 @@ def _set_meta(fd: int, file: File) -> None:
             os.removexattr(fd, attribute)
     for attribute, value in wanted.items():
         os.setxattr(fd, attribute, value)
-    if os.geteuid() == 0:
+    status = os.fstat(fd)
+    same_owner = os.geteuid() != 0 or (status.st_uid, status.st_gid) == (file.uid, file.gid)
+    if not same_owner:
         os.fchown(fd, file.uid, file.gid)
-    os.fchmod(fd, file.mode)
+    os.fchmod(fd, foreign(file).mode | (status.st_mode & SET_ID if same_owner else 0))
     os.utime(fd, ns=(file.mtime_ns, file.mtime_ns))
 
 
