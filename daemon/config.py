@@ -32,10 +32,14 @@ from daemon.directories import config_file, environment_directories
 from daemon.storeurls import named_stores
 from vfs import places
 from vfs.errors import ConfigError, IndexMissing
+from vfs.private import private_directory, private_opener
 from vfs.settings import Settings, is_secret
 
 # Variables that are about a command, not a setting.
-_OWN_VARIABLES = ("RUNFS_CONFIG", "RUNFS_MOUNT", "RUNFS_DEBUG", "RUNFS_STORE")
+_OWN_VARIABLES = (
+    *("RUNFS_CONFIG", "RUNFS_MOUNT", "RUNFS_DEBUG", "RUNFS_STORE", "RUNFS_COMMAND"),
+    *("RUNFS_SFTP_PASSWORD", "RUNFS_SFTP_PASSPHRASE"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,9 +250,10 @@ def remember(settings: Settings, config: Path | None) -> None:
         return  # what was remembered may be all there is to find evicted bytes by
     stores = [s.model_dump(mode="json") for s in settings.stores if not any(is_secret(name) for name in s.options)]
     target = places.stores_of(settings.state_dir, settings.index)
-    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private_directory(target.parent, "RUNFS_STATE_DIR")
     partial = target.with_suffix(".new")
-    partial.write_text(json.dumps({"config": str(config.absolute()) if config else None, "stores": stores}))
+    with open(partial, "w", opener=private_opener) as file:
+        file.write(json.dumps({"config": str(config.absolute()) if config else None, "stores": stores}))
     partial.replace(target)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from vfs.errors import ConfigError
+from vfs.hiding import has_password
 
 _NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)=([A-Za-z][A-Za-z0-9+.-]*://.*)", re.DOTALL)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -34,6 +35,8 @@ def named_stores(given: Sequence[str], configured: Sequence[dict[str, Any]]) -> 
 
 def name_of(url: str) -> str:
     """A short name for people: the bucket, the host, or the last part of a local directory."""
+    if has_password(url):
+        return "store"  # it is refused in a moment, in words that must not have a part of it
     parts = urlsplit(url)
     path = [part for part in parts.path.split("/") if part]
     name = (path[-1:] or ["store"])[0] if parts.scheme in ("file", "fs") else (parts.hostname or parts.scheme)

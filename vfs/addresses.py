@@ -104,7 +104,8 @@ def _pin(text: str, pin: str) -> str:
         return ""
     match = re.fullmatch(r"sha256=([0-9a-fA-F]{64})", pin)
     if match is None:
-        raise UsageError(f"{text!r:.300}: a pin is #sha256= and 64 hexadecimal digits")
+        shown = text.partition("#")[0]
+        raise UsageError(f"{shown!r:.300}: what follows the # is no pin; a pin is #sha256= and 64 hexadecimal digits")
     return match[1].lower()
 
 

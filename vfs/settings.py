@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from vfs import places
 from vfs.errors import UsageError
+from vfs.hiding import has_password
 from vfs.where import parse_age, parse_size
 
 OnClose = Literal["journal", "push"]
@@ -95,11 +96,21 @@ class StoreSettings(Part):
     @field_validator("url")
     @classmethod
     def _no_secret_in_url(cls, url: str) -> str:
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+        except ValueError:
+            raise ValueError("not a store URL: its host cannot be one") from None
         if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", url):
             raise ValueError("not a store URL: write for example s3://bucket/prefix or file:///dir")
-        if parts.password is not None or (parts.username is not None and parts.scheme not in ("sftp", "ssh")):
+        user_alone = parts.scheme in ("sftp", "ssh") and parts.password is None
+        if has_password(url) or (parts.username is not None and not user_alone):
             raise ValueError("a store URL must not hold credentials: use the environment or [stores.NAME.options]")
+        try:
+            _ = parts.port
+        except ValueError:
+            raise ValueError("its port is not a number: write scheme://host:port/path") from None
+        if parts.fragment:
+            raise ValueError("'#' is not allowed in a store URL: write %23 for it in a path")
         for name, _ in parse_qsl(parts.query, keep_blank_values=True):
             if is_secret(name):
                 raise ValueError(f"{name} must not be in a URL: use the environment or [stores.NAME.options]")

@@ -43,6 +43,9 @@ class _SourceFailed(Exception):
         self.error = error
 
 
+_SIZE_DIGITS = 19  # 2**63 has so many
+
+
 class FtpStore(BaseStore):
     """A directory of an FTP server. Made by `Broker.open`."""
 
@@ -139,7 +142,7 @@ class FtpStore(BaseStore):
                 if kind == "dir" and recursive and (f"{key}/".startswith(prefix) or prefix.startswith(f"{key}/")):
                     waiting.append(f"{key}/")
                 elif kind == "file" and is_wanted(key, prefix, recursive) and not key.startswith(TEMPORARY):
-                    yield _described(key, facts)
+                    yield described(key, facts)
 
     def delete(self, key: str, *, deadline: float | None = None) -> None:
         keys.check_readable(key)
@@ -196,13 +199,13 @@ class FtpStore(BaseStore):
         lines = answer.splitlines()
         if len(lines) < 2:
             raise StoreError(f"{self.name}: the server's answer to MLST has no facts in it: it cannot be used")
-        return _parsed(lines[1].strip())[1]
+        return parsed(lines[1].strip())[1]
 
     def _stat(self, session: Session, key: str) -> Stat:
         facts = self._facts(session, key)
         if facts is None or _kind(facts) != "file":
             raise NotFound(f"{self.name}: stat {key}: there is no such object")
-        return _described(key, facts)
+        return described(key, facts)
 
     def _read(self, session: Session, key: str, start: int, length: int | None) -> bytes:
         """The bytes asked for. Where they end early, the size the server tells has to agree."""
@@ -246,7 +249,7 @@ class FtpStore(BaseStore):
         if _kind(facts) == "dir":
             self._remove_directory(session, key)
             facts = None
-        present = None if facts is None else _described(key, facts).version
+        present = None if facts is None else described(key, facts).version
         if (if_absent and present is not None) or (if_version is not None and present != if_version):
             raise Conflict(f"{self.name}: write {key}: it is there already, or was changed meanwhile")
 
@@ -276,7 +279,7 @@ class FtpStore(BaseStore):
             answer = session.ftp.sendcmd(f"MLST {directory}")
         except ftplib.error_perm:
             return  # some let nobody look at what is above their home; the upload will tell
-        if _kind(_parsed(answer.splitlines()[1].strip())[1]) == "file":
+        if _kind(parsed(answer.splitlines()[1].strip())[1]) == "file":
             raise Conflict(f"{self.name}: {key}: an object is where its directory has to be; use another name")
 
     def _rename(self, session: Session, source: str, target: str) -> Stat:
@@ -312,7 +315,7 @@ class FtpStore(BaseStore):
 
         found = []
         for line in self._sessions.run("list", here, ask, budget):
-            name, facts = _parsed(line)
+            name, facts = parsed(line)
             if _kind(facts) in ("cdir", "pdir") or name in (".", ".."):
                 continue
             reason = "has a slash in it" if "/" in name else keys.why_not_readable(here + name)
@@ -323,7 +326,7 @@ class FtpStore(BaseStore):
         return found
 
 
-def _parsed(line: str) -> tuple[str, Facts]:
+def parsed(line: str) -> tuple[str, Facts]:
     """One line of MLSD or MLST: the name and the facts, as RFC 3659 has them (`Fact=Value;Fact=Value; name`)."""
     facts, _, name = line.partition(" ")
     pairs = (each.partition("=") for each in facts.split(";") if each)
@@ -334,9 +337,9 @@ def _kind(facts: Facts | None) -> str:
     return "" if facts is None else facts.get("type", "").lower()
 
 
-def _described(key: str, facts: Facts) -> Stat:
+def described(key: str, facts: Facts) -> Stat:
     size = facts.get("size", "")
-    if not size.isascii() or not size.isdigit():
+    if not size.isascii() or not size.isdigit() or len(size) > _SIZE_DIGITS:
         raise StoreError(f"{key}: the server does not tell its size; it cannot be used as a store")
     version = "-".join(filter(None, (facts.get("modify"), facts.get("unique"), size)))
     return Stat(key, int(size), version, _modified_ns(facts), None)

@@ -18,7 +18,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -131,13 +131,13 @@ class HttpStore(BaseStore):
         while waiting:
             here = waiting.pop()
             for entry in self._entries(here, self._limits.budget(deadline)):
-                key, below = self._named(here, entry)
+                key, below = named(here, entry, self._note_problem)
                 if key is None:
                     continue
                 if below and recursive and (f"{key}/".startswith(prefix) or prefix.startswith(f"{key}/")):
                     waiting.append(f"{key}/")
                 elif not below and is_wanted(key, prefix, recursive):
-                    stat = self._listed(key, entry)
+                    stat = listed(key, entry, self._note_problem)
                     if stat is not None:
                         yield stat
 
@@ -284,26 +284,30 @@ class HttpStore(BaseStore):
             raise StoreError(f"{self.name}: list {here}: the answer is no JSON listing as nginx and Caddy make it")
         return entries
 
-    def _named(self, here: str, entry: dict[str, Any]) -> tuple[str | None, bool]:
-        """The key an entry stands for (None: one that cannot be asked for), and whether it is a directory."""
-        name = entry.get("name")
-        below = entry.get("type") == "directory" or entry.get("is_dir") is True
-        if not isinstance(name, str):
-            self._note_problem(here + repr(name), "is no name")
-            return None, below
-        name = name.removesuffix("/") if below else name
-        reason = "has a slash in it" if "/" in name else keys.why_not_readable(here + name)
-        if reason is not None:
-            self._note_problem(here + name, reason)
-            return None, below
-        return here + name, below
 
-    def _listed(self, key: str, entry: dict[str, Any]) -> Stat | None:
-        size = entry.get("size")
-        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-            self._note_problem(key, "has no size")
-            return None
-        return Stat(key, size, None, _time(entry.get("mtime") or entry.get("mod_time")), None)
+def named(here: str, entry: dict[str, Any], note: Callable[[str, str], None]) -> tuple[str | None, bool]:
+    """The key an entry of a listing stands for (None: one that cannot be asked for), and whether it is a directory.
+    `note` is told of names that are left out, and why."""
+    name = entry.get("name")
+    below = entry.get("type") == "directory" or entry.get("is_dir") is True
+    if not isinstance(name, str):
+        note(here + repr(name), "is no name")
+        return None, below
+    name = name.removesuffix("/") if below else name
+    reason = "has a slash in it" if "/" in name else keys.why_not_readable(here + name)
+    if reason is not None:
+        note(here + name, reason)
+        return None, below
+    return here + name, below
+
+
+def listed(key: str, entry: dict[str, Any], note: Callable[[str, str], None]) -> Stat | None:
+    """What an entry of a listing says of an object; None for one without a size."""
+    size = entry.get("size")
+    if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+        note(key, "has no size")
+        return None
+    return Stat(key, size, None, _time(entry.get("mtime") or entry.get("mod_time")), None)
 
 
 class Broker(BaseBroker):

@@ -14,6 +14,7 @@ import opendal
 import opendal.config
 
 from vfs.errors import ConfigError
+from vfs.hiding import dresses
 from vfs.stores import keys, urls
 
 LEAST_SECRET = 6  # characters; replacing anything shorter would garble the messages
@@ -56,10 +57,10 @@ class Target:
     conditions: bool = True  # False: the server ignores conditions on writes, says the configuration
 
     def secrets(self) -> list[str]:
-        """Values that must not appear in any message."""
+        """What must not appear in any message, in every form in which it is sent."""
         given = [value for key, value in self.options.items() if urls.is_secret(key)]
         environment = [value for key, value in os.environ.items() if key.startswith("AWS_") and urls.is_secret(key)]
-        return [value for value in [*given, *environment] if len(value) >= LEAST_SECRET]
+        return dresses([*given, *environment], self.options)
 
     def __repr__(self) -> str:
         return f"Target({self.url})"

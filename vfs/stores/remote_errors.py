@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from opendal import exceptions
 
 from vfs.errors import Conflict, Denied, NotFound, StoreError, StoreFull, StoreTimeout, Unreachable
+from vfs.hiding import hide
 
 _CODE = re.compile(r'code: "([^"]*)"')
 _MESSAGE = re.compile(r'message: "([^"]*)"')
@@ -50,12 +51,9 @@ def explain(
 ) -> StoreError:
     """Our error for one of opendal's. `temporary` on it says whether trying again at once can help."""
     what = f"{store}: {operation} {key}" if key else f"{store}: {operation}"
-    text = str(error)
+    text = hide(str(error), secrets)  # before anything is cut: half a secret would be found no more
     made = _made(error, text, what, place, _CREDENTIALS.get(scheme, "its options in the configuration"))
-    message = str(made)
-    for secret in secrets:
-        message = message.replace(secret, "***")
-    final = type(made)(message)
+    final = type(made)(hide(str(made), secrets))
     final.temporary = made.temporary
     return final
 

@@ -270,7 +270,7 @@ class Uploads:
         """The XML of an answer; an empty element where it has none."""
 
         def handle(reply: Reply) -> ElementTree.Element:
-            answer = _xml(reply.body(ANSWER))
+            answer = parsed_xml(reply.body(ANSWER))
             if answer.tag == "Error":  # S3 may begin a completion with 200 and fail after it
                 raise self._refused(operation, key, reply, answer)
             return answer
@@ -294,7 +294,7 @@ class Uploads:
 
         def checked(reply: Reply) -> T:
             if reply.status not in (200, 204):
-                raise self._refused(operation, key, reply, _xml(reply.body(ANSWER)))
+                raise self._refused(operation, key, reply, parsed_xml(reply.body(ANSWER)))
             result = handle(reply)
             reply.body(1)  # to its end, so that the connection can be kept
             return result
@@ -329,7 +329,7 @@ def uploads(target: Target, limits: Limits) -> Uploads | None:
     return None if signed is None else Uploads(target, limits, signed)
 
 
-def _xml(body: bytes) -> ElementTree.Element:
+def parsed_xml(body: bytes) -> ElementTree.Element:
     try:
         root = ElementTree.fromstring(body)
     except ElementTree.ParseError:

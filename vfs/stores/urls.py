@@ -13,10 +13,12 @@ from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from vfs.errors import ConfigError, Denied
+from vfs.hiding import has_password
 
 COMMON = frozenset({"url", "name", "broker", "used", "deadline_s", "least_throughput", "window_s", "on_close"})
 _SECRET = re.compile(
     r"secret|password|passwd|passphrase|token|credential$|access_?key|account_key|encryption_key|customer_key|^key$|sas"
+    r"|private|signature|(^|_)(pass|auth)($|_)|(api|master|application|sse)_?key"
 )
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _WITH_USER = frozenset({"sftp"})  # a user may stand before the host there, never a password
@@ -49,10 +51,11 @@ def split(config: Mapping[str, Any]) -> Location:
     try:
         parts = urlsplit(url)
         _ = parts.port
-    except ValueError as error:
-        raise ConfigError(f"url of a store: {error}") from None
+    except ValueError:
+        # Python's reason quotes the port, and that may be the end of a password.
+        raise ConfigError("url of a store: its host or port is not one; write scheme://host:port/path") from None
     user_only = parts.scheme.lower() in _WITH_USER and bool(parts.username) and parts.password is None
-    if "@" in parts.netloc and not user_only:
+    if has_password(url) or ("@" in parts.netloc and not user_only):
         raise ConfigError(f"url {parts.scheme}://...: no user or password in a URL; {_WHERE}")
     query = dict(parse_qsl(parts.query, keep_blank_values=True))
     for option in query:
