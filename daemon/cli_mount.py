@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import typer
 
 from daemon import complete, mounts
-from daemon.directories import runtime_dir
 from daemon.options import Config, DryRun, Index, Json, Project, Stores
 from vfs.errors import RunfsError, UsageError
 
@@ -154,6 +153,8 @@ def umount(
     if dry_run:
         perform(Target(mount=mountpoint), "safe", {"uuids": []}, as_json=as_json)
     with reporting(as_json) as reporter:
-        result = unmount(runtime_dir(os.environ), mountpoint, timeout, reporter)
+        result = unmount(
+            mounts.runtime_of(os.environ, mounts.real_mountpoint(mountpoint)), mountpoint, timeout, reporter
+        )
     show("umount", result, {}, as_json=as_json)
     raise typer.Exit(int(result.get("exit", 0)))

@@ -13,7 +13,6 @@ from typing import Any
 import typer
 
 from daemon import mounts
-from daemon.directories import runtime_dir
 from vfs import places
 
 LIMIT = 200  # offers; more help nobody, and each costs the shell time
@@ -31,7 +30,7 @@ def uuids(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
 def mountpoints(incomplete: str) -> list[str]:
     """The mountpoints of announced daemons."""
     with contextlib.suppress(Exception):  # see the module's description
-        known = [entry.mountpoint for entry in mounts.running(runtime_dir(os.environ))]
+        known = [entry.mountpoint for entry in mounts.running_anywhere(os.environ)]
         return [mountpoint for mountpoint in known if mountpoint.startswith(incomplete)]
     return []
 
@@ -52,7 +51,7 @@ def _index(given: Mapping[str, Any]) -> Path | None:
     if given.get("project"):
         return Path(given["project"]) / places.INDEX_NAME
     named = given.get("mount") or os.environ.get("RUNFS_MOUNT")
-    announced = mounts.running(runtime_dir(os.environ))
+    announced = mounts.running_anywhere(os.environ)
     if named:
         path = str(mounts.real_mountpoint(named))
         return next((Path(entry.index) for entry in announced if entry.mountpoint == path), None)

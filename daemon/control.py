@@ -21,9 +21,9 @@ from typing import Any
 
 import trio
 
-from daemon.directories import private_directory
 from daemon.protocol import ALIVE_S, MAX_REQUEST, Commands, Progress, Request, decode_request, encode, error_message
 from vfs.errors import MountpointError, Refused, RunfsError, UsageError
+from vfs.private import private_directory
 
 __all__ = ["Commands", "Progress", "serve"]
 
@@ -32,7 +32,9 @@ log = logging.getLogger(__name__)
 REQUEST_S = 10.0  # a request arrives in this time or is dropped
 SEND_S = 30.0  # an asker that takes nothing for this long has gone
 LINGER_S = 1.0  # for an asker that sends on after its answer
+LINGER_BYTES = 2 * MAX_REQUEST  # and for so much of it
 MAX_CONNECTIONS = 64  # threads; enough for people, few enough to bound memory
+MAX_WAITING = 256  # connections, those included whose request has not come yet; each has a descriptor and a task
 KEPT_EVENTS = 64  # progress steps kept for a slow asker; older ones are left out
 
 
@@ -50,7 +52,7 @@ async def serve(
     On cancellation no new request is taken; those that run are told to stop and still get their answers.
     Raises MountpointError when another daemon answers at `path`.
     """
-    private_directory(path.parent)
+    private_directory(path.parent, "RUNFS_RUNTIME_DIR")
     with _listening(path) as listening:
         listener = trio.SocketListener(trio.socket.from_stdlib_socket(listening))
         server = _Server(commands, alive_s)
@@ -116,6 +118,7 @@ class _Server:
         self._alive_s = alive_s
         self._limiter = trio.CapacityLimiter(MAX_CONNECTIONS)
         self._running: set[_Steps] = set()
+        self._connections = 0
         self._stopping = False
 
     def stop(self) -> None:
@@ -126,6 +129,7 @@ class _Server:
 
     async def connection(self, stream: trio.SocketStream) -> None:
         sender = _Sender(stream)
+        self._connections += 1
         try:
             async with stream:
                 answer = await self._answer(stream, sender)
@@ -135,10 +139,14 @@ class _Server:
                     await _read_the_rest(stream)
         except trio.BrokenResourceError:
             log.debug("an asker hung up before its answer")
+        finally:
+            self._connections -= 1
 
     async def _answer(self, stream: trio.SocketStream, sender: "_Sender") -> dict[str, Any]:
         try:
             _check_peer(stream)
+            if self._connections > MAX_WAITING:
+                raise Refused(f"{MAX_WAITING} programs are asking at once; try again when some have been answered")
             request = await _read_request(stream)
             if len(self._running) >= MAX_CONNECTIONS:
                 raise Refused(f"{MAX_CONNECTIONS} commands are running; try again when one has ended")
@@ -202,9 +210,10 @@ async def _read_request(stream: trio.SocketStream) -> Request:
 async def _read_the_rest(stream: trio.SocketStream) -> None:
     """Closing over unread bytes would reset the connection and take the answer with it."""
     await stream.send_eof()
+    left = LINGER_BYTES
     with trio.move_on_after(LINGER_S):
-        while await stream.receive_some(1 << 20):
-            pass
+        while left > 0 and (data := await stream.receive_some(1 << 16)):
+            left -= len(data)
 
 
 class _Steps:

@@ -1,15 +1,16 @@
 """The XDG places of runfs and the variables that override them. Light: the command line loads it before anything else.
 
 RUNFS_STATE_DIR, RUNFS_CACHE_DIR, RUNFS_RUNTIME_DIR and RUNFS_CONFIG win over the platform's places. Nothing here
-blocks; directories are made by `private_directory` only.
+blocks. Directories are made by `vfs.private`.
+
+The place of the control sockets depends on XDG_RUNTIME_DIR, which is there in a login's shell and not in a cron job,
+and on a configuration file; a command may see another one than the daemon did. So a daemon also leaves word in its
+state directory, and who looks for one looks there and in all places that could be meant (`meeting_places`).
 """
 
 import os
-import stat
 from collections.abc import Mapping
 from pathlib import Path
-
-from vfs.errors import ConfigError
 
 
 def environment_directories(environ: Mapping[str, str]) -> dict[str, Path]:
@@ -20,6 +21,24 @@ def environment_directories(environ: Mapping[str, str]) -> dict[str, Path]:
 def runtime_dir(environ: Mapping[str, str]) -> Path:
     """Where the control sockets of this user's mounts are."""
     return _place(environ, "RUNFS_RUNTIME_DIR", "runtime_dir")
+
+
+def meeting_places(environ: Mapping[str, str]) -> tuple[Path, ...]:
+    """Every directory where a daemon of this user may have its socket, the one that `runtime_dir` gives first. None but
+    that one where RUNFS_RUNTIME_DIR names it."""
+    first = runtime_dir(environ)
+    if environ.get("RUNFS_RUNTIME_DIR"):
+        return (first,)
+    uid = os.geteuid()
+    given = [Path(environ["XDG_RUNTIME_DIR"]) / "runfs"] if environ.get("XDG_RUNTIME_DIR") else []
+    usual = [Path("/run/runfs")] if uid == 0 else []
+    usual += [Path(f"/run/user/{uid}/runfs"), Path(f"/tmp/runfs-{uid}")]
+    return tuple(dict.fromkeys([first, *given, *usual]))
+
+
+def state_dir(environ: Mapping[str, str]) -> Path:
+    """Where this user's journals are, one directory an index."""
+    return _place(environ, "RUNFS_STATE_DIR", "state_dir")
 
 
 def config_file(environ: Mapping[str, str]) -> Path:
@@ -52,20 +71,3 @@ def _run_place(environ: Mapping[str, str]) -> Path:
         return Path("/run/runfs")  # one place for root's shells and the system unit, whose XDG_RUNTIME_DIR differs
     session = Path(f"/run/user/{uid}")
     return session / "runfs" if session.is_dir() else Path(f"/tmp/runfs-{uid}")
-
-
-def private_directory(path: Path) -> Path:
-    """Make `path` (0700) or check that it is ours and closed to others, since a socket in it gives power over records.
-
-    Raises ConfigError, saying what to do, when it is somebody else's, a link, or cannot be made.
-    """
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = path.lstat()
-    except OSError as error:
-        raise ConfigError(f"{path}: the directory cannot be made: {error.strerror}; set RUNFS_RUNTIME_DIR") from error
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-        raise ConfigError(f"{path}: is not a directory of this user; set RUNFS_RUNTIME_DIR to one that is")
-    if stat.S_IMODE(found.st_mode) & 0o077:
-        path.chmod(0o700)
-    return path

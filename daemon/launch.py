@@ -13,14 +13,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 from daemon import client, mounts, notify, render
 from daemon.protocol import encode, error_from, error_message
-from vfs import places
+from vfs import linux, places
 from vfs.errors import MountpointError, RunfsError
-from vfs.settings import Settings
+from vfs.hiding import dresses, hide
+from vfs.private import private_directory, private_opener
+from vfs.settings import Settings, is_secret
 
 START_S = 120.0  # a start that takes longer is reported, not ended: a large index on a slow disk may need it
 _LOG_BYTES, _LOG_FILES = 10_000_000, 3
@@ -58,11 +61,18 @@ def check_mountpoint(settings: Settings) -> list[str]:
 def _check_dead(settings: Settings, path: Path, mounted: mounts.Mount) -> None:
     if not mounted.is_runfs:
         raise MountpointError(f"{path}: {mounted.kind} is mounted there; choose another mountpoint")
-    if client.answers(places.socket_of(settings.runtime_dir, path)):
+    where = dict.fromkeys([settings.runtime_dir, mounts.runtime_of(os.environ, path)])
+    if any(client.answers(places.socket_of(place, path)) for place in where):
         raise MountpointError(f"{path} is mounted already; see runfs status, or runfs umount {path} first")
-    entry = mounts.announced_at(settings.runtime_dir, path)
-    if mounted.uid not in (None, os.geteuid()) or (entry is not None and _alive(entry.pid)):
+    announced = (mounts.announced_at(place, path) for place in where)
+    living = any(entry is not None and _alive(entry.pid) for entry in announced)
+    if mounted.uid not in (None, os.geteuid()) or living:
         raise MountpointError(f"{path} is mounted already and its daemon does not answer; run: runfs umount {path}")
+    if linux.is_served(path):  # by a daemon that announced itself where nobody looks: it must not be taken away
+        raise MountpointError(
+            f"{path} is mounted already, by a daemon with another RUNFS_RUNTIME_DIR and RUNFS_STATE_DIR; set these as "
+            f"they were, then run: runfs umount {path}"
+        )
 
 
 def _alive(pid: int) -> bool:
@@ -95,6 +105,8 @@ def run(settings: Settings, announce: Callable[[dict[str, Any]], None], config: 
     from daemon.config import remember
     from daemon.mount import serve
 
+    linux.keep_out_of_core_dumps()
+
     def ready(info: dict[str, Any]) -> None:
         remember(settings, config)
         notify.ready(render.mounted(info))
@@ -107,11 +119,36 @@ def set_up_log(settings: Settings, file: Path | None) -> None:
     """Log to stderr, or to a file that is rotated (three of 10 MB at most)."""
     handler: logging.Handler = logging.StreamHandler()
     if file is not None:
-        handler = logging.handlers.RotatingFileHandler(file, maxBytes=_LOG_BYTES, backupCount=_LOG_FILES - 1)
+        handler = _PrivateLog(file, maxBytes=_LOG_BYTES, backupCount=_LOG_FILES - 1)
     # The journal of systemd has its own times.
     moment = "" if file is None and os.environ.get("JOURNAL_STREAM") else "%(asctime)s "
-    handler.setFormatter(logging.Formatter(f"{moment}%(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_Discreet(f"{moment}%(levelname)s %(name)s: %(message)s", secrets_of(settings)))
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
+
+
+def secrets_of(settings: Settings) -> list[str]:
+    """What the configuration and the environment hold that no log may: libraries write there too."""
+    named = [(name, str(value)) for store in settings.stores for name, value in store.options.items()]
+    users = dict(named)
+    return dresses([value for name, value in [*named, *os.environ.items()] if is_secret(name)], users)
+
+
+class _Discreet(logging.Formatter):
+    """Hides secrets in whatever is logged, tracebacks of libraries included."""
+
+    def __init__(self, form: str, dressed: list[str]) -> None:
+        super().__init__(form)
+        self._dressed = dressed
+
+    def format(self, record: logging.LogRecord) -> str:
+        return hide(super().format(record), self._dressed)
+
+
+class _PrivateLog(logging.handlers.RotatingFileHandler):
+    """A log that only its user can read, also after it was rotated: it names what records hold."""
+
+    def _open(self) -> TextIOWrapper:
+        return open(self.baseFilename, "a", encoding="utf-8", errors="backslashreplace", opener=private_opener)
 
 
 class ReadyPipe:
@@ -146,10 +183,10 @@ def start(settings: Settings, arguments: Sequence[str], program: Sequence[str] =
 
     Raises the daemon's own error, or RunfsError with the end of its log.
     """
-    settings.log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private_directory(settings.log.parent, "RUNFS_STATE_DIR")
     reading, writing = os.pipe()
     try:
-        with settings.log.open("ab") as output:
+        with open(settings.log, "ab", opener=private_opener) as output:
             process = subprocess.Popen(
                 [*program, *arguments, "--ready-fd", str(writing), "--log-file", str(settings.log)],
                 stdin=subprocess.DEVNULL,

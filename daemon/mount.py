@@ -30,11 +30,13 @@ from daemon.upkeep import Upkeep
 from vfs import report
 from vfs.errors import MountpointError, Refused
 from vfs.filesystem import FileSystem
+from vfs.private import private_directory
 from vfs.session import Progress, Session
 from vfs.settings import Settings
 
 log = logging.getLogger(__name__)
 _READ_AHEAD_KB = 1024
+_FUSE_CONF = Path("/etc/fuse.conf")
 DRAIN_S = 60.0
 
 
@@ -45,6 +47,7 @@ def serve(settings: Settings, *, ready: Callable[[dict[str, Any]], None]) -> int
     """
     if settings.mountpoint is None:
         raise MountpointError("where? Name a mountpoint: runfs mount MOUNTPOINT")
+    private_directory(settings.runtime_dir, "RUNFS_RUNTIME_DIR")  # before there is a mount to take away again
     with closing(Session.open(settings, role="daemon")) as session:
         return trio.run(Mount(session).run, ready, strict_exception_groups=True)
 
@@ -78,7 +81,10 @@ class Mount:
             self.session.passthrough = lambda: passthrough.state
             self.session.kept = operations.kept
             with mounts.announced(
-                self.session.settings.runtime_dir, self.mountpoint, self.session.settings.index
+                self.session.settings.runtime_dir,
+                self.mountpoint,
+                self.session.settings.index,
+                self.session.settings.state,
             ) as path:
                 await self._serve(path, ready)
         finally:
@@ -100,6 +106,11 @@ class Mount:
         settings = self.session.settings
         options = {"fsname=runfs", "subtype=runfs", "default_permissions", *settings.fuse_options}
         options |= {"allow_other"} if settings.allow_other else set()
+        if options & {"allow_other", "allow_root"} and os.geteuid() and not _others_allowed():
+            raise MountpointError(
+                f"{self.mountpoint}: a mount that others may enter has to be allowed by the administrator: "
+                f"as root, add the line user_allow_other to {_FUSE_CONF}; or leave out --allow-other"
+            )
         options |= {"ro"} if settings.read_only else set()
         try:
             pyfuse3.init(operations, str(self.mountpoint), options)
@@ -170,6 +181,15 @@ class Mount:
         """Push what is dirty, for at most so many seconds; what is left and why."""
         self._drained = await self.upkeep.drain(seconds, tell)
         return self._drained
+
+
+def _others_allowed() -> bool:
+    """Whether fusermount3 will mount for a user with `allow_other`; it tells nobody but its standard error."""
+    try:
+        lines = _FUSE_CONF.read_text(errors="replace").splitlines()
+    except OSError:
+        return True  # it will say
+    return any(line.partition("#")[0].strip() == "user_allow_other" for line in lines)
 
 
 def _on_loop(token: trio.lowlevel.TrioToken, call: Callable[[], None]) -> None:

@@ -8,13 +8,14 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from daemon.directories import private_directory
+from daemon.directories import meeting_places, state_dir
 from vfs import places
+from vfs.private import private_directory, private_opener
 
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
@@ -98,6 +99,35 @@ def running(runtime_dir: Path) -> list[Running]:
     return sorted(found, key=lambda entry: entry.started_at)
 
 
+def running_anywhere(environ: Mapping[str, str]) -> list[Running]:
+    """Every announced daemon of this user's, wherever its socket is, oldest first."""
+    found: dict[Path, Running] = {}
+    for place in meeting_places(environ):
+        if _is_mine(place):
+            found |= {entry.socket: entry for entry in running(place)}
+    for pointer in state_dir(environ).glob("*/mount.json"):
+        entry = _announced(pointer) if _is_mine(pointer) else None
+        if entry is not None:
+            found.setdefault(entry.socket, entry)
+    return sorted(found.values(), key=lambda entry: entry.started_at)
+
+
+def runtime_of(environ: Mapping[str, str], mountpoint: Path) -> Path:
+    """The directory with the socket of this real mountpoint's daemon; where none announced itself, the one where it
+    would be."""
+    known = [entry for entry in running_anywhere(environ) if entry.mountpoint == str(mountpoint)]
+    latest = max(known, key=lambda entry: (Path(f"/proc/{entry.pid}").exists(), entry.started_at), default=None)
+    return latest.socket.parent if latest is not None else meeting_places(environ)[0]
+
+
+def _is_mine(path: Path) -> bool:
+    """Whether a directory or file was made by this user: anybody can make one in /tmp."""
+    try:
+        return path.lstat().st_uid == os.geteuid()
+    except OSError:
+        return False
+
+
 def announced_at(runtime_dir: Path, mountpoint: Path) -> Running | None:
     """Who announced itself for this real mountpoint, alive or not."""
     return _announced(places.info_of(runtime_dir, mountpoint))
@@ -111,29 +141,35 @@ def _announced(path: Path) -> Running | None:
             mountpoint=str(data["mountpoint"]),
             index=str(data["index"]),
             started_at=float(data["started_at"]),
-            socket=path.with_suffix(".sock"),
+            socket=Path(data["socket"]) if "socket" in data else path.with_suffix(".sock"),
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
 @contextmanager
-def announced(runtime_dir: Path, mountpoint: Path, index: Path) -> Iterator[Path]:
-    """For the daemon: its file in the runtime directory while the body runs. Gives the path of its socket."""
-    private_directory(runtime_dir)
-    target = places.info_of(runtime_dir, mountpoint)
+def announced(runtime_dir: Path, mountpoint: Path, index: Path, state: Path | None = None) -> Iterator[Path]:
+    """For the daemon: its file in the runtime directory, and one in the state directory `state`, while the body runs.
+    Gives the path of its socket. Raises ConfigError for a runtime directory that is not this user's alone."""
+    private_directory(runtime_dir, "RUNFS_RUNTIME_DIR")
+    socket = places.socket_of(runtime_dir, mountpoint)
     data = {
         "pid": os.getpid(),
         "mountpoint": str(mountpoint),
         "index": os.path.realpath(index),
         "started_at": time.time(),
+        "socket": str(socket.absolute()),
     }
-    partial = target.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(data))
-    partial.replace(target)
+    targets = [places.info_of(runtime_dir, mountpoint), *([places.pointer_of(state)] if state is not None else [])]
+    for target in targets:
+        partial = target.with_suffix(f".{os.getpid()}")
+        with open(partial, "w", opener=private_opener) as file:
+            file.write(json.dumps(data))
+        partial.replace(target)
     try:
-        yield places.socket_of(runtime_dir, mountpoint)
+        yield socket
     finally:
-        entry = _announced(target)
-        if entry is not None and entry.pid == os.getpid():
-            target.unlink(missing_ok=True)
+        for target in targets:
+            entry = _announced(target)
+            if entry is not None and entry.pid == os.getpid():
+                target.unlink(missing_ok=True)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from daemon import client, mounts
-from daemon.directories import runtime_dir
 from daemon.protocol import Progress
 from vfs import places
 from vfs.errors import MountpointError, UsageError
@@ -60,7 +59,7 @@ class Target:
         return alive[0] if alive else None
 
     def _running(self) -> list[mounts.Running]:
-        return [each for each in mounts.running(runtime_dir(self.environ)) if client.answers(each.socket)]
+        return [each for each in mounts.running_anywhere(self.environ) if client.answers(each.socket)]
 
     def _index(self) -> Path | None:
         flags = {"index": self.index, "project": self.project}
@@ -72,7 +71,7 @@ class Target:
         return found[0] if found else None
 
     def _named(self, mountpoint: Path) -> mounts.Running:
-        where = runtime_dir(self.environ)
+        where = mounts.runtime_of(self.environ, mountpoint)
         path = places.socket_of(where, mountpoint)
         if not client.answers(path):
             raise MountpointError(self._why_not(mountpoint))
@@ -95,8 +94,10 @@ class Target:
 
     def _run_here(self, command: str, args: dict[str, Any], progress: Progress) -> dict[str, Any]:
         settings = self.settings()  # first: what is wrong there is said before anything heavy is loaded
+        from vfs import linux
         from vfs.session import Session
 
+        linux.keep_out_of_core_dumps()
         with closing(Session.open(settings, role="command")) as session:
             return session.run(command, args, progress)
 

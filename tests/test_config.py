@@ -1,7 +1,6 @@
 """Flags, environment and file become settings; what is wrong is named with its key, its origin and the fix."""
 
 import json
-import stat
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import pytest
 
 from daemon import config
 from daemon.configfile import known_keys
-from daemon.directories import private_directory, runtime_dir
+from daemon.directories import runtime_dir
 from daemon.mountoptions import parse_options
 from daemon.storeurls import name_of
 from vfs import places
@@ -362,24 +361,6 @@ class TestOptions:
 
 
 class TestDirectories:
-    def test_private_directory(self, tmp_path: Path) -> None:
-        made = private_directory(tmp_path / "a" / "b")
-        assert stat.S_IMODE(made.stat().st_mode) == 0o700
-        made.chmod(0o755)
-        private_directory(made)
-        assert stat.S_IMODE(made.stat().st_mode) == 0o700
-
-    def test_a_link_in_its_place_is_refused(self, tmp_path: Path) -> None:
-        (tmp_path / "real").mkdir()
-        (tmp_path / "link").symlink_to("real")
-        with pytest.raises(ConfigError, match="RUNFS_RUNTIME_DIR"):
-            private_directory(tmp_path / "link")
-
-    def test_a_file_in_its_place_is_refused(self, tmp_path: Path) -> None:
-        (tmp_path / "file").touch()
-        with pytest.raises(ConfigError, match="RUNFS_RUNTIME_DIR"):
-            private_directory(tmp_path / "file")
-
     def test_the_runtime_directory(self) -> None:
         assert runtime_dir({"RUNFS_RUNTIME_DIR": "/x"}) == Path("/x")
         assert runtime_dir({"XDG_RUNTIME_DIR": "/run/user/7"}) == Path("/run/user/7/runfs")

@@ -181,7 +181,7 @@ def test_a_second_daemon_is_refused_and_a_dead_ones_socket_is_replaced(daemon: F
     assert caught.group_contains(MountpointError, match="another runfs daemon")
     assert ask(daemon.socket, "status", {}) is not None
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as dead:
-        (tmp_path / "own").mkdir()
+        (tmp_path / "own").mkdir(mode=0o700)
         dead.bind(str(tmp_path / "own" / "dead.sock"))
     trio.run(_serve_once, tmp_path / "own" / "dead.sock")
     assert not (tmp_path / "own" / "dead.sock").exists()

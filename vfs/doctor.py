@@ -2,7 +2,9 @@
 
 import os
 import platform
+import pwd
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -57,14 +59,24 @@ def _machine() -> Iterator[Finding]:
         "/dev/fuse can be opened" if device else "/dev/fuse is missing or not ours to open",
         "load it (modprobe fuse); in a container, start it with --device /dev/fuse --cap-add SYS_ADMIN",
     )
-    helper = shutil.which("fusermount3")
-    yield _finding(
-        "fusermount3",
-        helper is not None or os.geteuid() == 0,
-        helper or "not found",
-        "install it: apt-get install fuse3",
-    )
+    yield _helper()
     yield _finding("privileges", None if os.geteuid() else True, f"running as uid {os.geteuid()}", "nothing to do")
+
+
+def _helper() -> Finding:
+    """What mounts for those who are not root: set-uid, and it mounts only for users that the system knows."""
+    helper = shutil.which("fusermount3")
+    if helper is None:
+        return _finding("fusermount3", os.geteuid() == 0, "not found", "install it: apt-get install fuse3")
+    if os.geteuid() and not os.stat(helper).st_mode & stat.S_ISUID:
+        return _finding("fusermount3", False, f"{helper} is not set-uid", f"as root: chmod u+s {helper}")
+    try:
+        pwd.getpwuid(os.geteuid())
+    except KeyError:
+        if os.geteuid():
+            message = f"{helper} mounts only for users with a name, and uid {os.geteuid()} has none"
+            return _finding("fusermount3", False, message, "make an account for it (useradd), or run as another user")
+    return _finding("fusermount3", True, helper)
 
 
 def _places(session: "Session") -> Iterator[Finding]:

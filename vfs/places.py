@@ -3,7 +3,7 @@
 Used by the settings, the daemon (to make these places) and the command line (to find a running daemon without
 loading anything heavy). `short_id` and the file names are a contract between daemon and command line.
 
-    <state_dir>/<id of the index>/            the journal, the daemon's log, the remembered stores
+    <state_dir>/<id of the index>/            the journal, the daemon's log, the remembered stores, mount.json
     <cache_dir>/<id of the index>/            runfs's own local bytes
     <runtime_dir>/<id of the mountpoint>.sock the control socket of a running mount
     <runtime_dir>/<id of the mountpoint>.json who serves it: pid, mountpoint, index, started_at
@@ -46,6 +46,12 @@ def socket_of(runtime_dir: Path, mountpoint: str | os.PathLike[str]) -> Path:
 def info_of(runtime_dir: Path, mountpoint: str | os.PathLike[str]) -> Path:
     """The file that says who serves a mount; same rule as `socket_of`."""
     return runtime_dir / f"{short_id(mountpoint)}.json"
+
+
+def pointer_of(state: Path) -> Path:
+    """In the state directory of an index: who serves it, and where his socket is. For commands that see another runtime
+    directory than the daemon did."""
+    return state / "mount.json"
 
 
 def log_of(state_dir: Path, index: str | os.PathLike[str]) -> Path:

@@ -18,6 +18,7 @@ from vfs.evict import Evictor
 from vfs.hydrate import Hydrator
 from vfs.index import Index
 from vfs.journal import Journal
+from vfs.private import private_directory, private_files
 from vfs.push import Pusher
 from vfs.reserve import Reserve
 from vfs.serving import Claim
@@ -66,7 +67,8 @@ class Session:
         """Open an index and runfs's state of it, and finish what a crash interrupted.
 
         Raises ConfigError for a store that cannot be (a mount with it would only fail later; nothing is asked yet),
-        IndexUnavailable, JournalLocked (another process serves this index), JournalError.
+        IndexUnavailable, JournalLocked (another process serves this index), JournalError. ConfigError also where state
+        or cache are not this user's alone.
         """
         _enough_homes(settings)
         warnings = [
@@ -76,6 +78,9 @@ class Session:
         ]
         index = Index.open(settings.index, create=settings.create_index)
         try:
+            private_directory(settings.state, "RUNFS_STATE_DIR")
+            private_directory(settings.cache_place, "RUNFS_CACHE_DIR, or cache.directory")
+            private_files(settings.state)
             journal = Journal(settings.state)
         except BaseException:
             index.close()

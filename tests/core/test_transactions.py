@@ -460,7 +460,7 @@ def test_doctor_tells_of_a_forgotten_one(session: Session) -> None:
 def test_a_journal_from_before_there_were_transactions(place: Place) -> None:
     place.record()
     state = place.settings().state
-    state.mkdir(parents=True)
+    state.mkdir(parents=True, mode=0o700)
     with sqlite3.connect(state / "journal.sqlite") as db:
         db.executescript(_MIGRATIONS[0] + ";PRAGMA user_version=1")
     db.close()
