@@ -18,7 +18,7 @@ install-section = sed -n '/^\# section: $(1)$$/,/^\# section: /p' requirements.l
 	&& $(PIP) install --quiet --no-deps --require-hashes -r $(VENV)/requirements-$(1).txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-large soak check demo bench lock clean system
+.PHONY: help install test test-large soak check audit demo bench lock clean system
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -37,11 +37,16 @@ soak: $(VENV)/.test  ## readers, writers, evictions and faults together for MINU
 	MODEL_EXAMPLES=$$(( $(MINUTES) * 4 )) CRASH_ROUNDS=$$(( $(MINUTES) * 2 )) POWER_CUTS=$$(( $(MINUTES) * 5 )) \
 		$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile tests/model tests/crash
 
-check: $(VENV)/.test  ## lint, format, types, and that imports point from daemon to vfs only
+check: $(VENV)/.test  ## lint (security rules too), format, types, imports from daemon to vfs only, dependencies locked
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/python -m pytest -q tests/test_architecture.py
+	$(VENV)/bin/python -m pytest -q tests/test_architecture.py tests/test_dependencies.py
+
+audit: $(VENV)/.test  ## ask the advisory service of PyPI about what is locked (needs the network; not a part of check)
+	$(PYTHON) -m venv $(VENV)/audit && $(VENV)/audit/bin/python -m pip install --quiet pip-audit
+	sed '/^#/d' requirements.lock >$(VENV)/requirements-all.txt
+	$(VENV)/audit/bin/pip-audit --require-hashes --disable-pip --requirement $(VENV)/requirements-all.txt
 
 demo: $(VENV)/.demo  ## the main job on a small real project, step by step (S3=1: against a real S3 server)
 	$(VENV)/bin/python -m daemon.demo $(if $(filter-out 0,$(S3)),--s3)
