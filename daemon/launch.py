@@ -19,7 +19,7 @@ from typing import Any
 
 from daemon import client, mounts, notify, render
 from daemon.protocol import encode, error_from, error_message
-from vfs import linux, places
+from vfs import linux, mountinfo, places
 from vfs.errors import MountpointError, RunfsError
 from vfs.hiding import dresses, hide
 from vfs.private import private_directory, private_opener
@@ -68,7 +68,7 @@ def _check_dead(settings: Settings, path: Path, mounted: mounts.Mount) -> None:
     living = any(entry is not None and _alive(entry.pid) for entry in announced)
     if mounted.uid not in (None, os.geteuid()) or living:
         raise MountpointError(f"{path} is mounted already and its daemon does not answer; run: runfs umount {path}")
-    if linux.is_served(path):  # by a daemon that announced itself where nobody looks: it must not be taken away
+    if mountinfo.is_served(path):  # by a daemon that announced itself where nobody looks: it must not be taken away
         raise MountpointError(
             f"{path} is mounted already, by a daemon with another RUNFS_RUNTIME_DIR and RUNFS_STATE_DIR; set these as "
             f"they were, then run: runfs umount {path}"

@@ -13,7 +13,7 @@ from typing import Any
 
 from daemon import client, mounts
 from daemon.protocol import Progress
-from vfs import linux, places
+from vfs import mountinfo, places
 from vfs.errors import MountpointError
 
 DRAIN_S = 60.0  # what `umount` gives the pushes if nobody says otherwise
@@ -49,7 +49,7 @@ def _check_stale(path: Path, entry: mounts.Running | None) -> None:
         raise MountpointError(f"{path}: a {mounted.kind} file system is mounted there, not runfs; use umount {path}")
     if mounted.uid not in (None, os.geteuid()) and os.geteuid() != 0:
         raise MountpointError(f"{path} was mounted by uid {mounted.uid}; run the command as that user")
-    if linux.is_served(path):
+    if mountinfo.is_served(path):
         raise MountpointError(
             f"{path} is served, but no control socket of it is known here; set RUNFS_RUNTIME_DIR and RUNFS_STATE_DIR "
             f"as its daemon has them, or end the daemon with SIGTERM: it drains and unmounts"

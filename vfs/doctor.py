@@ -160,11 +160,11 @@ def _stores(session: "Session") -> Iterator[Finding]:
 
 
 def _mounts(session: "Session") -> Iterator[Finding]:
-    for mountpoint in mountinfo.runfs_mounts():
+    for mountpoint in mountinfo.runfs_mounts(os.geteuid()):  # those that this user can take away
         if session.settings.mountpoint is not None and mountpoint == str(session.settings.mountpoint):
             yield _finding("mount", True, f"{mountpoint} is served by process {os.getpid()}")
             continue
-        alive = mountinfo.answers(mountpoint)
+        alive = mountinfo.is_served(mountpoint)
         yield _finding(
             "mount",
             None if alive else False,

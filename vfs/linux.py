@@ -12,7 +12,6 @@ import os
 import signal
 import stat
 import struct
-import threading
 from contextlib import suppress
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -136,24 +135,6 @@ def keep_out_of_core_dumps() -> None:
     """Let the kernel write no core dump of this process, which has credentials in its memory, and show its memory and
     environment to no other process but root's. Programs it starts are not affected. Source: prctl(2), proc(5)."""
     _check(_libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0))
-
-
-def is_served(mountpoint: str | os.PathLike[str], wait_s: float = 2.0) -> bool:
-    """Whether a FUSE mount has a process behind it: False only where the kernel says that it has gone. One that does
-    not answer in time, or not to us, has one."""
-    gone = []
-
-    def ask() -> None:
-        try:
-            os.statvfs(mountpoint)
-        except OSError as error:
-            if error.errno in (errno.ENOTCONN, errno.ECONNABORTED):
-                gone.append(error)
-
-    thread = threading.Thread(target=ask, name="statfs", daemon=True)  # it may wait for as long as the mount lives
-    thread.start()
-    thread.join(wait_s)
-    return not gone
 
 
 def owners_of(device: int, inode: int) -> list[tuple[int, str]]:

@@ -86,7 +86,7 @@ def dead_mount(core: Core) -> str | None:
     """Where this index was mounted, if that is a mount still and nobody serves it. Only for a process that has the
     journal to itself: then no daemon of this index runs."""
     mountpoint = core.journal.note("mountpoint")
-    if mountpoint is None or mountpoint not in mountinfo.runfs_mounts() or mountinfo.answers(mountpoint):
+    if mountpoint is None or mountpoint not in mountinfo.runfs_mounts() or mountinfo.is_served(mountpoint):
         return None
     return mountpoint
 
