@@ -106,7 +106,7 @@ class Access:
         if isinstance(node, PastDirectory | PastFile):
             return self.past.attributes(node)
         if isinstance(node, FileNode):
-            return self._describe(node, self._stat(node))
+            return self._describe(node, self._stat(node)) if node.gone is None else self._gone(node, node.gone)
         if isinstance(node, Link):
             return self._made_up(node, stat.S_IFLNK | 0o777, len(node.target), node.mtime_ns)
         return self._made_up(node, stat.S_IFDIR | 0o755, 0, self._started_ns)
@@ -121,6 +121,8 @@ class Access:
         for handle in node.handles:
             if isinstance(handle, Handle) and not node.named:
                 return os.fstat(handle.fd)
+        if node.parent is None:  # another program has put another file in its place
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         if isinstance(node.parent, FileNode):
             with self._directory(node.parent) as fd:
                 return os.stat(node.name, dir_fd=fd, follow_symlinks=False)
@@ -128,6 +130,14 @@ class Access:
             status = node.unit.status()
         self.roots.saw(node.unit.uuid, status.st_mtime_ns)
         return status
+
+    def _gone(self, node: FileNode, before: os.stat_result) -> Attributes:
+        """Of a file without a name, which a process may still hold: by an open handle, as its working directory, by
+        an O_PATH descriptor."""
+        if any(isinstance(handle, Handle) for handle in node.handles):
+            return self._describe(node, self._stat(node))
+        links = 0 if stat.S_ISDIR(before.st_mode) else before.st_nlink - 1
+        return replace(self._describe(node, before), nlink=links)
 
     def _open_base(self, unit: Unit) -> int:
         with self._told():
@@ -247,12 +257,16 @@ class Access:
         self._change(parent)
         self._unsynced.setdefault(parent.unit.uuid, set()).add(parent.path)
 
-    def _own(self, fd: int, name: bytes, caller: Caller) -> None:
-        """Give a new name its maker's owner (the daemon may be root); the group as the directory's set-gid bit says."""
+    def _own(self, fd: int, name: bytes, caller: Caller, mode: int = 0) -> None:
+        """Give a new name its maker's owner (the daemon may be root); the group as the directory's set-gid bit says.
+        A change of owner takes set-id bits away: those of the file's `mode` are given back."""
         if os.geteuid() != 0 or (caller.uid, caller.gid) == (0, 0):
             return
         inherits = os.fstat(fd).st_mode & stat.S_ISGID
         os.chown(name, caller.uid, -1 if inherits else caller.gid, dir_fd=fd, follow_symlinks=False)
+        if set_id := mode & (stat.S_ISUID | stat.S_ISGID):
+            now = os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode
+            os.chmod(name, stat.S_IMODE(now) | set_id, dir_fd=fd)
 
     def _new(self, parent: FileNode, name: bytes) -> Attributes:
         with self._directory(parent) as fd:

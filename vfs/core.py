@@ -322,10 +322,14 @@ class Core:
             for inode, real, ctime_ns in shown:
                 self._held[device, inode] = Held(real, ctime_ns)
 
-    def forget_ctime(self, status: os.stat_result) -> None:
-        """The file's attributes were changed for real: its real ctime is the one to show."""
+    def changed_ctime(self, status: os.stat_result) -> None:
+        """The file was changed for real: its real ctime is the one to show, also while bytes of it go on coming in."""
+        key = (status.st_dev, status.st_ino)
         with self._lock:
-            self._held.pop((status.st_dev, status.st_ino), None)
+            if key in self._partials:
+                self._held[key] = Held(status.st_ctime_ns, status.st_ctime_ns)
+            else:
+                self._held.pop(key, None)
 
     def held_again(self, status: os.stat_result) -> None:
         """Our own doing ended with this ctime."""

@@ -7,8 +7,8 @@ from contextlib import suppress
 
 from vfs import faults, linux
 from vfs.access import Access
-from vfs.fstypes import Attributes, Caller
-from vfs.tree import BY, FileNode
+from vfs.fstypes import Attributes, Caller, Handle
+from vfs.tree import BY, FileNode, Node
 from vfs.versions.past import VERSIONS, PastFile
 
 
@@ -42,7 +42,7 @@ class Names(Access):
         with self._directory(node) as fd:
             os.mknod(name, mode, rdev, dir_fd=fd)
             linux.give_mode(fd, name, mode)
-            self._own(fd, name, caller)
+            self._own(fd, name, caller, mode)
         return self._new(node, name)
 
     def link(self, ino: int, parent: int, name: bytes) -> Attributes:
@@ -60,7 +60,9 @@ class Names(Access):
             os.link(node.name, name, src_dir_fd=source_fd, dst_dir_fd=fd, follow_symlinks=False)
             status = os.stat(name, dir_fd=fd, follow_symlinks=False)
         self.tree.attach(node, target, name)
+        node.renumber = False
         node.lookups += 1
+        self._core.changed_ctime(status)
         return self._describe(node, status)
 
     def unlink(self, parent: int, name: bytes) -> None:
@@ -68,8 +70,9 @@ class Names(Access):
         self._guard_name(node, name)
         self._named(node)
         with self._directory(node) as fd:
+            status = os.stat(name, dir_fd=fd, follow_symlinks=False)
             os.unlink(name, dir_fd=fd)
-        self.tree.detach(node, name)
+        self._lost(self.tree.detach(node, name), status)
 
     def rmdir(self, parent: int, name: bytes) -> None:
         if self.tree.get(parent) is self.tree.root:
@@ -78,8 +81,21 @@ class Names(Access):
         node = self._files(parent)
         self._named(node)
         with self._directory(node) as fd:
+            status = os.stat(name, dir_fd=fd, follow_symlinks=False)
             os.rmdir(name, dir_fd=fd)
-        self.tree.detach(node, name)
+        self._lost(self.tree.detach(node, name), status)
+
+    def _lost(self, node: Node | None, status: os.stat_result) -> None:
+        """A name of a file is gone; `status` is what it was."""
+        if not isinstance(node, FileNode):
+            return
+        if not stat.S_ISDIR(status.st_mode) and status.st_nlink > 1:
+            node.renumber = False
+        for handle in node.handles:
+            if isinstance(handle, Handle):
+                self._core.changed_ctime(os.fstat(handle.fd))
+        if not node.named:
+            node.gone = status
 
     def _rmdir_root(self, name: bytes) -> None:
         if name == VERSIONS:
@@ -104,23 +120,29 @@ class Names(Access):
         self._named(source)
         self._named(target)
         with self._directory(source) as source_fd, self._directory(target) as fd:
+            covered = self._seen_at(fd, new_name)
             faults.point("name.intended")
             linux.rename_at(source_fd, name, fd, new_name, flags)
             faults.point("name.renamed")
-            same = self._same_file(source_fd, name, fd, new_name)
-        if same and not flags:
+            moved, left = self._seen_at(fd, new_name), self._seen_at(source_fd, name)
+        if moved is not None and left is not None and os.path.samestat(moved, left) and not flags:
             return  # two names of one file: rename(2) does nothing
-        if flags & 2:
+        for status in (moved, left if flags & linux.EXCHANGE else None):
+            if status is not None:
+                self._core.changed_ctime(status)
+        if flags & linux.EXCHANGE:
             self.tree.swap(source, name, target, new_name)
         else:
+            lost = target.children.get(new_name)
             self.tree.move(source, name, target, new_name)
+            if covered is not None:
+                self._lost(lost, covered)
 
     @staticmethod
-    def _same_file(source_fd: int, name: bytes, fd: int, new_name: bytes) -> bool:
+    def _seen_at(fd: int, name: bytes) -> os.stat_result | None:
         with suppress(FileNotFoundError):
-            one = os.stat(name, dir_fd=source_fd, follow_symlinks=False)
-            return os.path.samestat(one, os.stat(new_name, dir_fd=fd, follow_symlinks=False))
-        return False
+            return os.stat(name, dir_fd=fd, follow_symlinks=False)
+        return None
 
     # --- incoming ----------------------------------------------------------------------------------------------
 

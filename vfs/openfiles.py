@@ -50,7 +50,7 @@ class OpenFiles(Passing):
             after = os.fstat(fd)
         finally:
             os.close(fd)
-        self._core.forget_ctime(after)
+        self._core.changed_ctime(after)
         return self._describe(node, after)
 
     def _chown(self, node: FileNode, fd: int, change: Change) -> None:
@@ -131,7 +131,7 @@ class OpenFiles(Passing):
             try:
                 if made:
                     linux.give_mode(fd, None, mode)
-                    self._own(at, name, caller)
+                    self._own(at, name, caller, mode)
                 status = os.fstat(fd)
             except BaseException:
                 os.close(fd)

@@ -27,8 +27,8 @@ from vfs.core import Core
 from vfs.errors import DamagedRecord, RunfsError
 from vfs.index_listing import Listed, to_listed
 from vfs.index_record import text
+from vfs.numbers import number_of
 from vfs.residency import State
-from vfs.tree import number_of
 from vfs.units import relative_to
 
 log = logging.getLogger(__name__)

@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NewType, Protocol
 
-from blake3 import blake3
-
 from vfs.errors import DamagedRecord, IndexUnavailable, UnknownRecord
 from vfs.index import Index, Record
+from vfs.numbers import Numbers, number_of
 from vfs.units import Unit, Units
 from vfs.views import Views, decode_value, encode_value, is_directory
 
@@ -70,7 +69,9 @@ class Opened(Protocol):
 @dataclass(slots=True, eq=False, kw_only=True)
 class FileNode(Node):
     """A file or directory of a unit. `key` is (device, inode) where it was last seen, at the unit's `epoch`; `others`
-    its further hard links; `handles` its open handles; `stamp` what its content was when the kernel cached it."""
+    its further hard links; `handles` its open handles; `stamp` what its content was when the kernel cached it;
+    `renumber` is false where another node of the file would get another number; `gone` what it was when its last name
+    went while nobody had it open."""
 
     unit: Unit
     key: tuple[int, int] = (0, 0)
@@ -79,6 +80,8 @@ class FileNode(Node):
     handles: tuple[Opened, ...] = ()
     stamp: tuple[int, int, int] | None = None
     unsynced: bool = False
+    renumber: bool = True
+    gone: os.stat_result | None = None
 
     @property
     def path(self) -> bytes:
@@ -111,6 +114,7 @@ class Tree:
         self._views = Views(index, units)
         self.root = Node(ROOT, None, b"", lookups=1)
         self.nodes: dict[Inode, Node] = {ROOT: self.root}
+        self._numbers = Numbers(self.nodes)
         self._linked: dict[tuple[int, int], FileNode] = {}  # files with several names, by (device, inode)
         self.incoming: dict[bytes, bytes] = {}  # name at the root -> real directory
         # Grows when the index changed: names at the root and in views are asked for anew. 0: nobody follows its
@@ -137,10 +141,7 @@ class Tree:
 
     def number(self, *parts: bytes) -> Inode:
         """An inode number: the same one for the same name after a remount, unless it is taken."""
-        candidate = number_of(*parts)
-        while candidate <= ROOT or candidate in self.nodes:
-            candidate += 1
-        return Inode(candidate)
+        return Inode(self._numbers.free(number_of(*parts)))
 
     def add(self, node: Node) -> None:
         self.nodes[node.ino] = node
@@ -172,6 +173,8 @@ class Tree:
                     del parent.children[name]
             if self._linked.get(node.key) is node:
                 del self._linked[node.key]
+            if isinstance(node.parent, FileNode) and not node.renumber:
+                self._numbers.keep(node.key, node.ino)
         return node
 
     def _untold(self, ino: int, count: int) -> None:
@@ -276,8 +279,12 @@ class Tree:
     # --- files -------------------------------------------------------------------------------------------------
 
     def file_node(self, parent: Node, name: bytes, unit: Unit) -> FileNode:
-        where = parent.path if isinstance(parent, FileNode) else b""
-        return FileNode(self.number(unit.uuid.encode(), where, name), parent, name, unit=unit)
+        if isinstance(parent, FileNode):
+            natural = number_of(b"%d" % parent.ino, name)  # the directory's number stays when it is renamed
+        else:
+            natural = number_of(unit.uuid.encode(), b"", name)
+        number = self._numbers.free(natural)
+        return FileNode(Inode(number), parent, name, unit=unit, renumber=number == natural)
 
     def child(self, parent: FileNode, name: bytes, status: os.stat_result) -> FileNode:
         """The node of a file just seen in `parent`: the one the kernel knows if it is still the same file."""
@@ -295,7 +302,9 @@ class Tree:
                 self.attach(linked, parent, name)
                 return linked
         node = self.file_node(parent, name, unit)
-        if status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode):
+        if (kept := self._numbers.kept(key)) is not None:
+            node.ino, node.renumber = Inode(kept), False
+        elif status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode):
             # By the file, not the name: the kernel may forget the first name before it asks for the second.
             node.ino = self.number(unit.uuid.encode(), b"", b"%d %d" % key)
         self._seen(node, key, status)
@@ -313,6 +322,7 @@ class Tree:
             node.parent, node.name = parent, name
         elif (node.parent, node.name) != (parent, name):
             node.others |= {(parent, name)}
+        node.gone = None
         parent.children[name] = node
 
     def detach(self, parent: Node, name: bytes) -> Node | None:
@@ -345,6 +355,7 @@ class Tree:
             if isinstance(parent, FileNode) and parent.unit is not node.unit:
                 self._change_unit(node, parent.unit)
             self.attach(node, parent, name)
+            node.renumber = False
 
     def _change_unit(self, node: FileNode, unit: Unit) -> None:
         writers = sum(handle.writable for handle in node.handles)
@@ -427,8 +438,3 @@ class Tree:
     def list_view(self, view: View) -> Iterator[tuple[bytes, int]]:
         """The names in a view, with the time of the record in ns. Scans; any thread."""
         return self._views.names(view.place)
-
-
-def number_of(*parts: bytes) -> int:
-    """What a name's inode number is if it is free."""
-    return int.from_bytes(blake3(b"\0".join(parts)).digest()[:8], "little") >> 1
