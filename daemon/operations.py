@@ -27,6 +27,7 @@ from vfs.tree import Inode
 log = logging.getLogger(__name__)
 _ASK_FIRST_S = 0.002  # the kernel lets go of a closed file a moment after it has told us
 _ASK_MOST_S = 1.0
+_DOTS = 2  # entries before all others
 P = ParamSpec("P")
 R = TypeVar("R")
 S = TypeVar("S", bound=pyfuse3.Operations)
@@ -183,15 +184,19 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        listing = self._listings[fh]
+        listing, start = self._listings[fh], max(start_id - _DOTS, 0)
         self._files.rewind(listing, start_id)
-        while (work := self._files.before_readdir(listing, start_id)) is not None:
+        while (work := self._files.before_readdir(listing, start)) is not None:
             await trio.to_thread.run_sync(work)
+        if start_id < _DOTS:
+            for position, (name, attributes) in enumerate(self._files.dots(listing), 1):
+                if position > start_id and not pyfuse3.readdir_reply(token, name, entry(attributes), position):
+                    return
         if self._files.is_root(listing):
-            self._readdir_root(listing, start_id, token)
+            self._readdir_root(listing, start, token)
             return
-        for name, attributes, position in self._files.readdir(listing, start_id):
-            if not pyfuse3.readdir_reply(token, name, entry(attributes), position):
+        for name, attributes, position in self._files.readdir(listing, start):
+            if not pyfuse3.readdir_reply(token, name, entry(attributes), position + _DOTS):
                 self._files.unseen(attributes.ino)
                 return
             self._files.seen(attributes.ino)
@@ -204,7 +209,7 @@ class Operations(pyfuse3.Operations):
                 name, out.st_ino, _link, out.st_mode, out.st_nlink, out.st_uid, out.st_gid, out.st_size, out.st_blocks,
                 out.st_atime_ns, out.st_mtime_ns, out.st_ctime_ns,
             ) = row  # fmt: skip
-            if not reply(token, name, out, position):
+            if not reply(token, name, out, position + _DOTS):
                 return
 
     @handler
@@ -274,10 +279,10 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def fsync(self, fh: int, datasync: bool) -> None:
-        await self._sync(self._handles[fh], data_only=datasync)
+        await self._sync(self._handles[fh], data_only=datasync, asked=True)
 
-    async def _sync(self, handle: Handle, *, data_only: bool = False) -> None:
-        plan = self._files.sync_plan(handle, data_only=data_only)
+    async def _sync(self, handle: Handle, *, data_only: bool = False, asked: bool = False) -> None:
+        plan = self._files.sync_plan(handle, data_only=data_only, asked=asked)
         if plan is not None:
             await trio.to_thread.run_sync(plan)
 

@@ -15,6 +15,7 @@ Dropping: the attribute first, fsync, then the hole.
 """
 
 import errno
+import logging
 import os
 import stat
 import struct
@@ -23,12 +24,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from vfs import faults, linux
+from vfs import faults, linux, manifest
 from vfs.errors import RunfsError
-from vfs.manifest import CHUNK, OURS, chunk_count
+from vfs.manifest import CHUNK, belongs_to_record, chunk_count
+
+log = logging.getLogger(__name__)
 
 FLIGHT = 8  # chunks that travel together: 8 MiB ranges were as fast as larger ones
 ATTRIBUTE = "user.runfs.content"
+ATTRIBUTES_MOST = 2048  # bytes of names and values a record's file may have: half of ext4's block; ours need the rest
+_NO_ROOM = (errno.ENOSPC, errno.E2BIG, errno.ERANGE, errno.EOPNOTSUPP)
 _HEAD = struct.Struct("<4s32sQB")
 _RUN = struct.Struct("<II")
 # ext4 keeps attributes of an inode in one block; beyond that the shortest runs are forgotten (and brought again).
@@ -83,26 +88,55 @@ def has_mark(fd: int) -> bool:
     return True
 
 
-def user_attributes(fd: int) -> tuple[tuple[str, bytes], ...]:
-    """The extended attributes of an open file that belong to its record: `user.*`, without ours."""
+def user_attribute_sizes(target: int | str) -> list[tuple[str, int]]:
+    """The names of a file's extended attributes that belong to its record, `user.*` without ours, and the sizes of
+    their values in bytes."""
     try:
-        names = sorted(name for name in os.listxattr(fd) if name.startswith("user.") and not name.startswith(OURS))
+        names = os.listxattr(target)
     except OSError as error:
         if error.errno == errno.EOPNOTSUPP:
-            return ()
+            return []
         raise
-    return tuple((name, os.getxattr(fd, name)) for name in names)
+    return [(name, len(os.getxattr(target, name))) for name in sorted(names) if belongs_to_record(name)]
+
+
+def user_attributes(fd: int) -> tuple[tuple[str, bytes], ...]:
+    """The extended attributes of an open file or directory that belong to its record, by name; those that go beyond
+    what a manifest carries of one file are left out."""
+    found, left = [], manifest.ATTRIBUTES_MOST
+    for name, size in user_attribute_sizes(fd):
+        left -= len(os.fsencode(name)) + size
+        if left >= 0:
+            found.append((name, os.getxattr(fd, name)))
+    return tuple(found)
+
+
+def give_attributes(fd: int, attributes: Iterable[tuple[str, bytes]]) -> None:
+    """Set a record's extended attributes on an open file, as many as its file system takes."""
+    for name, value in attributes:
+        try:
+            os.setxattr(fd, name, value)
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            log.warning("extended attribute %s was left out: %s", name, os.strerror(error.errno))
 
 
 def write_header(fd: int, header: Header) -> None:
     """Set the attribute. The caller has synced the data that it newly calls local."""
-    runs = header.runs
-    if len(runs) > _MAX_RUNS:
-        if header.changed:
-            raise CacheError("too many separate changes to an evicted file; bring it back first: runfs hydrate")
-        runs = tuple(sorted(sorted(runs, key=lambda run: run[0] - run[1])[:_MAX_RUNS]))
-    packed = b"".join(_RUN.pack(*run) for run in runs)
-    os.setxattr(fd, ATTRIBUTE, _HEAD.pack(b"RFC1", header.digest, header.size, header.changed) + packed)
+    head, runs, most = _HEAD.pack(b"RFC1", header.digest, header.size, header.changed), header.runs, _MAX_RUNS
+    while True:
+        if len(runs) > most:
+            if header.changed:
+                raise CacheError("too many separate changes to an evicted file; bring it back first: runfs hydrate")
+            runs = tuple(sorted(sorted(runs, key=lambda run: run[0] - run[1])[:most]))
+        try:
+            os.setxattr(fd, ATTRIBUTE, head + b"".join(_RUN.pack(*run) for run in runs))
+            return
+        except OSError as error:
+            if error.errno != errno.ENOSPC or not runs:
+                raise
+            most = len(runs) // 2  # the record's own attributes take the room
 
 
 def clear_header(fd: int) -> None:

@@ -131,7 +131,9 @@ class Evictor(Prover, Restorer):
         return self._core.journal.known(unit.uuid)
 
     def _keeps(self, file: File) -> bool:
-        return file.size <= self._core.settings.cache.keep_small
+        """Small files, and those with no room for what a placeholder says of itself."""
+        taken = sum(len(name) + len(value) for name, value in file.attributes)
+        return file.size <= self._core.settings.cache.keep_small or taken > cache.ATTRIBUTES_MOST
 
     def _exchange(
         self,

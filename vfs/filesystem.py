@@ -7,10 +7,12 @@ What needs bytes from a store raises `Needs`; the caller brings them and calls a
 
 import errno
 import os
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 
+from vfs.attributes import ExtendedAttributes
 from vfs.errors import RunfsError
 from vfs.fstypes import Attributes, Caller, Change, Handle, Listing, Needs
 from vfs.names import Names
@@ -25,7 +27,7 @@ __all__ = ["Attributes", "Caller", "Change", "FileSystem", "Handle", "Listing", 
 _PAGES = _SPAN = 1 << 20
 
 
-class FileSystem(Names, OpenFiles):
+class FileSystem(Names, OpenFiles, ExtendedAttributes):
     """The mounted tree."""
 
     def opendir(self, ino: int) -> Listing:
@@ -43,6 +45,13 @@ class FileSystem(Names, OpenFiles):
     def close(self) -> None:
         """Nothing is listed any more."""
         self.roots.close()
+
+    def dots(self, listing: Listing) -> Iterator[tuple[bytes, Attributes]]:
+        """The entries before all others. Only number and kind are right, which is all that the kernel takes; it counts
+        no lookup of them."""
+        node = listing.node
+        for name, meant in ((b".", node), (b"..", node.parent or node)):
+            yield name, self._made_up(meant, stat.S_IFDIR, 0, 0)
 
     def rewind(self, listing: Listing, start: int) -> None:
         """A reader is at a position now; at 0 it reads anew."""

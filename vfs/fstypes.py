@@ -64,6 +64,10 @@ class Change:
     mtime_ns: int | None = None
     by: int = 0
 
+    @property
+    def nothing(self) -> bool:
+        return all(each is None for each in (self.mode, self.uid, self.gid, self.size, self.atime_ns, self.mtime_ns))
+
 
 @dataclass(slots=True, eq=False)
 class Handle:

@@ -21,6 +21,7 @@ _SYS_OPENAT2 = 437  # the same number on every architecture since Linux 5.6
 _RESOLVE_NO_MAGICLINKS = 0x02
 _RESOLVE_NO_SYMLINKS = 0x04
 _RESOLVE_BENEATH = 0x08
+_PATH_AT_ONCE = 4000  # bytes of a path in one call; the kernel takes 4095
 _FALLOC_KEEP_SIZE = 1
 _FALLOC_PUNCH_HOLE = 2
 _F_SETSIG = 10
@@ -53,8 +54,16 @@ def rename_at(source_fd: int, source: bytes, target_fd: int, target: bytes, flag
 def open_beneath(root: int, path: bytes, flags: int, mode: int = 0) -> int:
     """Open `path` (relative) below the directory `root`, following no symlink and leaving it by no way.
 
-    Raises OSError as open(2) does: ELOOP or EXDEV where the path would have led outside.
+    Raises OSError as open(2) does: ELOOP or EXDEV where the path would have led outside. The path may be longer than
+    one system call takes.
     """
+    if len(path) > _PATH_AT_ONCE:
+        first, _slash, rest = path[:_PATH_AT_ONCE].rpartition(b"/")
+        middle = open_beneath(root, first, os.O_PATH | os.O_DIRECTORY)
+        try:
+            return open_beneath(middle, rest + path[_PATH_AT_ONCE:], flags, mode)
+        finally:
+            os.close(middle)
     mode = mode if flags & (os.O_CREAT | os.O_TMPFILE) == os.O_CREAT or flags & os.O_CREAT else 0
     how = struct.pack(
         "QQQ",

@@ -11,7 +11,7 @@ Pure: nothing here touches a disk or a network. This module owns the format of `
            "size": bytes, "digest": hex blake3, "key": object, "chunks": base64 of 32-byte blake3 digests, one for
            each MiB (left out when there is one chunk: it is the digest), "target": text | {"base64"},
            "same": index of the file this one is a hard link to, "uid", "gid",
-           "attributes": {extended attribute: base64}}
+           "attributes": {extended attribute: base64}} (a name that is not UTF-8: "=" and its base64)
 """
 
 import base64
@@ -34,6 +34,7 @@ CHUNK = 1 << 20
 DIGEST = 32
 KINDS = ("file", "directory", "symlink", "other")
 NOTES_MOST = 16384  # characters of a version's notes
+ATTRIBUTES_MOST = 65536  # bytes of names and values of one file's extended attributes
 NUMBER_MOST = 2**62  # there must be numbers after it
 OURS = "user.runfs."  # extended attributes that this machine's runfs keeps for itself: of no record, in no manifest
 SET_ID = 0o6000  # set-user-id and set-group-id
@@ -174,7 +175,9 @@ def _dump_file(file: File, contents: Mapping[bytes, Content], positions: Mapping
         "gid": file.gid,
     }
     if file.attributes:
-        out["attributes"] = {name: base64.b64encode(value).decode("ascii") for name, value in file.attributes}
+        out["attributes"] = {
+            _attribute_key(name): base64.b64encode(value).decode("ascii") for name, value in file.attributes
+        }
     if file.kind == "file":
         out |= {"size": file.size, "digest": file.digest.hex(), "key": file.key}
         if file.size > CHUNK:
@@ -288,13 +291,31 @@ def _parse_file(item: dict[str, Any], contents: dict[bytes, Content]) -> File:
     return File(path, kind, mode, mtime_ns, size, digest, item["key"], b"", uid, gid, b"", attributes)
 
 
+def belongs_to_record(name: str) -> bool:
+    """Whether an extended attribute is one that a record's file can have: of the namespace `user.`, and not ours."""
+    return name.startswith("user.") and name != "user." and not name.startswith(OURS)
+
+
+def _attribute_key(name: str) -> str:
+    raw = name.encode("utf-8", "surrogateescape")
+    return name if raw.decode("utf-8", "replace") == name else "=" + base64.b64encode(raw).decode("ascii")
+
+
 def _attributes(item: Mapping[str, str]) -> tuple[tuple[str, bytes], ...]:
-    """A file's extended attributes, without those that say where its bytes are: a store that could set these would have
-    holes read as bytes that are here."""
-    if not all(isinstance(name, str) and name.startswith("user.") and "\0" not in name for name in item):
-        raise ManifestError("an extended attribute is not in the namespace user.")
-    theirs = ((name, value) for name, value in item.items() if not name.startswith(OURS))
-    return tuple(sorted((name, base64.b64decode(value, validate=True)) for name, value in theirs))
+    """A file's extended attributes, without those that are ours."""
+    found, size = {}, 0
+    for key, value in item.items():
+        raw = base64.b64decode(key[1:], validate=True) if key.startswith("=") else key.encode("utf-8")
+        name = raw.decode("utf-8", "surrogateescape")
+        if name.startswith(OURS):
+            continue  # says where bytes are: a store that could set it would have holes read as bytes
+        if not belongs_to_record(name) or b"\0" in raw or len(raw) > 255:
+            raise ManifestError(f"{name!r:.80} is no extended attribute that a record's file can have")
+        found[name] = base64.b64decode(value, validate=True)
+        size += len(raw) + len(found[name])
+    if size > ATTRIBUTES_MOST:
+        raise ManifestError(f"a file's extended attributes are more than {ATTRIBUTES_MOST:,} bytes")
+    return tuple(sorted(found.items()))
 
 
 def foreign(file: File) -> File:
@@ -463,5 +484,5 @@ def _equal(one: File, other: File | None) -> bool:
     if other is None:
         return False
     if one.kind == other.kind == "directory":
-        return one.mode == other.mode
+        return (one.mode, one.attributes) == (other.mode, other.attributes)
     return replace(one, key="", same=b"") == replace(other, key="", same=b"")

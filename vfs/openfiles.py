@@ -6,10 +6,9 @@ import stat
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TypeVar
 
 from vfs import faults, linux
-from vfs.cache import ATTRIBUTE, FLIGHT, Partial, read_header
+from vfs.cache import FLIGHT, Partial
 from vfs.fstypes import Attributes, Caller, Change, Handle, Listing, Needs
 from vfs.manifest import CHUNK, chunk_count
 from vfs.passing import Passing, stamp_of
@@ -17,8 +16,6 @@ from vfs.tree import FileNode
 from vfs.units import Unit
 from vfs.versions.past import PastFile
 
-T = TypeVar("T")
-_OURS = (b"user.runfs.state", b"user.runfs.pinned")
 _WINDOW_MOST = 64  # chunks
 _GROWTH = 4  # the window's, each time a reader has gone on for a whole one: 1, 4, 16, 64 chunks
 _NEAR = 4 * CHUNK  # bytes a sequential reader may seem to skip or go back: the kernel has several reads under way
@@ -47,10 +44,13 @@ class OpenFiles(Passing):
                 atime = change.atime_ns if change.atime_ns is not None else status.st_atime_ns
                 mtime = change.mtime_ns if change.mtime_ns is not None else status.st_mtime_ns
                 self._utime(node, fd, (atime, mtime))
+            if change.nothing:  # chown(2) with two times -1: it still is a change
+                os.chown(target, -1, -1)
             after = os.fstat(fd)
         finally:
             os.close(fd)
         self._core.changed_ctime(after)
+        node.touched = True
         return self._describe(node, after)
 
     def _chown(self, node: FileNode, fd: int, change: Change) -> None:
@@ -259,62 +259,18 @@ class OpenFiles(Passing):
         self._core.hold(partial)
         return Needs(partial, numbers, ahead, node)
 
-    # --- extended attributes (with --xattr) ----------------------------------------------------------------------
-
-    def getxattr(self, ino: int, name: bytes) -> bytes:
-        """One attribute; ENODATA when there is none."""
-        node = self._files(ino)
-        if isinstance(node, PastFile) and (value := self.past.attribute(node, name)) is not None:
-            return value
-        if name in _OURS:
-            return self._our_attribute(self._files(ino), name)
-        return self._at(ino, lambda target: os.getxattr(target, _user(name)))
-
-    def listxattr(self, ino: int) -> list[bytes]:
-        node = self._files(ino)
-        if isinstance(node, PastFile):
-            return [os.fsencode(name) for name, _value in node.file.attributes] if node.file is not None else []
-        found = self._at(ino, os.listxattr)
-        mine = [name for name in found if name.startswith("user.") and name != ATTRIBUTE]
-        return [*_OURS, *(os.fsencode(name) for name in mine)]
-
-    def setxattr(self, ino: int, name: bytes, value: bytes) -> None:
-        self._change(self._files(ino))
-        self._at(ino, lambda target: os.setxattr(target, _user(name, change=True), value))
-
-    def removexattr(self, ino: int, name: bytes) -> None:
-        self._change(self._files(ino))
-        self._at(ino, lambda target: os.removexattr(target, _user(name, change=True)))
-
-    def _at(self, ino: int, call: Callable[[str], T]) -> T:
-        fd = self._reach(self._files(ino), None)
-        try:
-            if stat.S_ISLNK(os.fstat(fd).st_mode):
-                raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
-            return call(f"/proc/self/fd/{fd}")
-        finally:
-            os.close(fd)
-
-    def _our_attribute(self, node: FileNode, name: bytes) -> bytes:
-        unit = node.unit
-        if name == b"user.runfs.pinned":
-            return b"1" if unit.uuid in self._core.journal.pins() else b"0"
-        if unit.dirty or not unit.evicted:
-            return b"dirty" if unit.dirty else b"resident"
-        header = self._at(node.ino, lambda target: read_header(os.fsencode(os.readlink(target))))
-        return b"resident" if header is None else b"partial" if header.runs else b"evicted"
-
-    def sync_plan(self, handle: Handle, *, data_only: bool = False) -> Callable[[], None] | None:
-        """What must reach the disk before close or fsync may be answered, as a call for a worker thread, or None."""
+    def sync_plan(self, handle: Handle, *, data_only: bool = False, asked: bool = False) -> Callable[[], None] | None:
+        """What must reach the disk before close or fsync may be answered, as a call for a worker thread, or None. Who
+        closes a file has not `asked` for its mode and times to be durable."""
         node = handle.node
         # What another close or fsync is syncing at this moment is not on the disk yet: it is synced by both.
         under_way = list(self._syncing.get(node.unit.uuid, ()))
         directories = self._take_unsynced(node.unit).union(*(names for _ino, names in under_way))
-        others = any(ino == node.ino for ino, _names in under_way)
+        others = any(ino == node.ino for ino, _names in under_way) or (asked and node.touched)
         if not (node.unsynced or handle.wrote or directories or others or self._written_past(node)):
             return None
         fd = os.dup(handle.fd)
-        node.unsynced = handle.wrote = False
+        node.unsynced = handle.wrote = node.touched = False
         partial, unit = handle.partial, node.unit
         mine = (node.ino, frozenset(directories))
         self._syncing.setdefault(unit.uuid, []).append(mine)
@@ -383,16 +339,6 @@ class OpenFiles(Passing):
         os.close(handle.fd)
         if handle.partial is not None:
             self._core.release(handle.partial)
-
-
-def _user(name: bytes, *, change: bool = False) -> str:
-    """An attribute's name, if it is one that a record can have."""
-    if not name.startswith(b"user."):
-        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
-    if name.startswith(b"user.runfs."):
-        number = errno.EPERM if change else errno.ENODATA
-        raise OSError(number, os.strerror(number))
-    return os.fsdecode(name)
 
 
 def sync_directories(unit: Unit, directories: set[bytes]) -> None:

@@ -148,7 +148,8 @@ def scan(
             continue
         changed += 1
         if seen.kind != "file":
-            known.append(Known(_describe(seen), seen.status.st_ino, seen.status.st_ctime_ns))
+            described = replace(_describe(seen), attributes=_of_directory(root, seen))
+            known.append(Known(described, seen.status.st_ino, seen.status.st_ctime_ns))
             continue
         try:
             taken, status, attributes, settled = _take(root, seen, content, hydrate)
@@ -199,6 +200,20 @@ def _describe(seen: Seen) -> File:
         uid=status.st_uid,
         gid=status.st_gid,
     )
+
+
+def _of_directory(root: bytes, seen: Seen) -> tuple[tuple[str, bytes], ...]:
+    """The extended attributes of what is no file: only directories have any."""
+    if seen.kind != "directory":
+        return ()
+    try:
+        fd = open_file(root, seen.path, os.O_RDONLY | os.O_DIRECTORY)
+    except (FileNotFoundError, NotADirectoryError):
+        return ()
+    try:
+        return cache.user_attributes(fd)
+    finally:
+        os.close(fd)
 
 
 def _take(

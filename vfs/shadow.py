@@ -47,6 +47,8 @@ def _make(directory: int, name: bytes, file: File) -> int | None:
     if file.kind == "directory":
         with suppress(FileExistsError):
             os.mkdir(name, 0o700, dir_fd=directory)
+        if file.attributes:
+            _give_directory(directory, name, file)
         linux.change_mode(directory, name, file.mode)
         _own(directory, name, file)
         return None
@@ -61,8 +63,7 @@ def _make(directory: int, name: bytes, file: File) -> int | None:
         return None
     fd = cache.make_placeholder(directory, name, file.digest, file.size, file.mode)
     try:
-        for attribute, value in file.attributes:
-            os.setxattr(fd, attribute, value)
+        cache.give_attributes(fd, file.attributes)
         if os.geteuid() == 0:
             status = os.fstat(fd)
             if (status.st_uid, status.st_gid) != (file.uid, file.gid):
@@ -73,6 +74,14 @@ def _make(directory: int, name: bytes, file: File) -> int | None:
         os.close(fd)
         raise
     return fd
+
+
+def _give_directory(directory: int, name: bytes, file: File) -> None:
+    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        cache.give_attributes(fd, file.attributes)
+    finally:
+        os.close(fd)
 
 
 def _own(directory: int, name: bytes, file: File) -> None:
@@ -226,8 +235,7 @@ def _copy(fd: int, name: bytes, directory: int | None) -> int:
         if os.geteuid() == 0:
             os.fchown(out, status.st_uid, status.st_gid)
         os.fchmod(out, stat.S_IMODE(status.st_mode))
-        for attribute, value in cache.user_attributes(fd):
-            os.setxattr(out, attribute, value)
+        cache.give_attributes(out, cache.user_attributes(fd))
         os.utime(out, ns=(status.st_atime_ns, status.st_mtime_ns))
     except BaseException:
         os.close(out)

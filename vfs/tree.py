@@ -70,6 +70,7 @@ class Opened(Protocol):
 class FileNode(Node):
     """A file or directory of a unit. `key` is (device, inode) where it was last seen, at the unit's `epoch`; `others`
     its further hard links; `handles` its open handles; `stamp` what its content was when the kernel cached it;
+    `unsynced`: it was written to since it was synced, `touched`: its attributes were changed;
     `renumber` is false where another node of the file would get another number; `gone` what it was when its last name
     went while nobody had it open."""
 
@@ -80,6 +81,7 @@ class FileNode(Node):
     handles: tuple[Opened, ...] = ()
     stamp: tuple[int, int, int] | None = None
     unsynced: bool = False
+    touched: bool = False
     renumber: bool = True
     gone: os.stat_result | None = None
 
@@ -94,6 +96,11 @@ class FileNode(Node):
         if node.parent is None:
             raise FileNotFoundError(2, "removed")
         return b"/".join(reversed(parts))
+
+    @property
+    def removed(self) -> bool:
+        """Whether its last name is gone."""
+        return self.gone is not None and (self.gone.st_nlink <= 1 or stat.S_ISDIR(self.gone.st_mode))
 
     @property
     def named(self) -> bool:
@@ -296,11 +303,10 @@ class Tree:
                 self._seen(node, key, status)
                 return node
             self.detach(parent, name)  # replaced by another program: another file
-        if status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode):
-            linked = self._linked.get(key)
-            if linked is not None and linked.unit is unit and linked.epoch == unit.epoch:
-                self.attach(linked, parent, name)
-                return linked
+        linked = self._linked.get(key)  # also with one link: the name we knew was the other one, and is removed
+        if linked is not None and linked.unit is unit and linked.epoch == unit.epoch and not linked.removed:
+            self.attach(linked, parent, name)
+            return linked
         node = self.file_node(parent, name, unit)
         if (kept := self._numbers.kept(key)) is not None:
             node.ino, node.renumber = Inode(kept), False

@@ -261,7 +261,7 @@ def _link(base: bytes, beside: bytes, file: File) -> None:
 def _touch(base: bytes, file: File) -> None:
     directory, name = shadow.parent_of(base, file.path)
     try:
-        if file.kind == "file":
+        if file.kind in ("file", "directory"):
             fd = open_file(base, file.path, os.O_RDONLY)
             try:
                 _set_meta(fd, file)
@@ -285,8 +285,7 @@ def _set_meta(fd: int, file: File) -> None:
             del wanted[attribute]
         else:
             os.removexattr(fd, attribute)
-    for attribute, value in wanted.items():
-        os.setxattr(fd, attribute, value)
+    cache.give_attributes(fd, wanted.items())
     status = os.fstat(fd)
     same_owner = os.geteuid() != 0 or (status.st_uid, status.st_gid) == (file.uid, file.gid)
     if not same_owner:
