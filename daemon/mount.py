@@ -73,6 +73,7 @@ class Mount:
         core.commit = partial(_on_loop, token)
         self.upkeep = Upkeep(self.session, self.files)
         passthrough = self._passthrough()
+        self.upkeep.expire_name = passthrough.expire_name
         operations = kind(self.files, transfers, passthrough)
         before = fuse_descriptors()
         self._mount(operations)

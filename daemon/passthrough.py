@@ -26,6 +26,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from queue import SimpleQueue
 
 import pyfuse3
 import trio
@@ -56,6 +57,9 @@ _PASSTHROUGH = 1 << 5  # of flags2
 _KEEP_CACHE = 1 << 1
 _OPEN_DIRECT = 1 << 0  # goes before passthrough
 _OPEN_PASSTHROUGH = 1 << 7
+_NOTIFY_INVAL_ENTRY = 3
+_ENTRY_OUT = struct.Struct("<QII")  # parent, length of the name, flags; then the name and a NUL
+_EXPIRE_ONLY = 1  # flag of a notice; kernels before 6.2 take no notice of it, and let go of the name
 _BACKING_OPEN = 0x4010E501
 _BACKING_CLOSE = 0x4004E502
 _STACKED = frozenset({0x794C7630, 0xF15F, 0x65735546})  # overlay, ecryptfs, FUSE: themselves on top of another one
@@ -113,6 +117,7 @@ class Passthrough:
         self._opens: dict[int, _Inode] = {}
         self._tried = trio.Event()
         self._trusted = False
+        self._names: SimpleQueue[bytes | None] | None = None  # to be looked up again, as the kernel is told of them
         self.state = "off: not started" if wanted else "off: switched off"
 
     @property
@@ -233,8 +238,29 @@ class Passthrough:
     def _off(self, why: str) -> None:
         self.state = f"off: {why}"
 
+    # --- names -------------------------------------------------------------------------------------------------
+
+    def expire_name(self, parent: int, name: bytes) -> None:
+        """Have the kernel look a name up again, soon. Not as pyfuse3 can, which takes it away: then a process that
+        works in that directory has no working directory any more."""
+        if self._real < 0:
+            pyfuse3.invalidate_entry_async(parent, name, ignore_enoent=True)
+            return
+        if self._names is None:
+            self._names = SimpleQueue()
+            threading.Thread(target=self._expire, args=(self._names,), name="expire", daemon=True).start()
+        body = _ENTRY_OUT.pack(parent, len(name), _EXPIRE_ONLY) + name + b"\0"
+        self._names.put(_OUT.pack(_OUT.size + len(body), _NOTIFY_INVAL_ENTRY, 0) + body)
+
+    def _expire(self, names: "SimpleQueue[bytes | None]") -> None:
+        """In a thread of its own: the kernel may wait for a handler of ours to be done with the directory."""
+        while (message := names.get()) is not None:
+            self._send(message)
+
     def close(self) -> None:
         """Let go of the kernel, before pyfuse3 does: it is told of an end when the last descriptor is closed."""
+        if self._names is not None:
+            self._names.put(None)
         if self._real >= 0:
             os.close(self._real)
             self._real = -1

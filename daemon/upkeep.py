@@ -64,6 +64,7 @@ class Upkeep:
         self._files = files
         self._token = trio.lowlevel.current_trio_token()
         self._limit = trio.CapacityLimiter(_PUSHES)
+        self.expire_name: Callable[[int, bytes], None] = lambda _parent, _name: None  # set by the mount
         self._busy: set[str] = set()
         self._retry: dict[str, tuple[float, float]] = {}
         self._draining = False
@@ -137,7 +138,7 @@ class Upkeep:
         for node in self._files.tree.of_unit(unit):
             pyfuse3_later(node.ino)
             for name in node.children:
-                forget_name(node.ino, name)
+                self.expire_name(node.ino, name)
 
     # --- push --------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,12 @@ import pytest
 from tests.conftest import in_ci
 from tests.mounts import fuse_missing, unmount_under
 from tests.posix.places import STATES, Arena, Place, can_be_somebody
+from tests.stores.kinds import *  # noqa: F403  (fixtures: every kind of store)
+from tests.stores.kinds_local import fsspec_local_stores as fsspec_local_stores
+from tests.stores.kinds_local import fsspec_memory_stores as fsspec_memory_stores
+from tests.stores.kinds_local import nfs_stores as nfs_stores
+from tests.stores.kinds_sftp import sftp_server as sftp_server
+from tests.stores.kinds_sftp import sftp_stores as sftp_stores
 
 LIMIT_S = 240.0  # for one test; what waits in the mount then gets an error instead of waiting for ever
 

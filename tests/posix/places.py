@@ -71,7 +71,7 @@ class Arena:
 
     def __init__(self, directory: Path) -> None:
         options = ("-o", "push.auto=false", *(("--allow-other",) if os.geteuid() == 0 else ()))
-        self.shared = Shared(directory, 12, options)
+        self.shared = Shared(directory, 16, options)
         self._free: dict[str, list[Path]] = {}
 
     def take(self, state: str) -> Place:
