@@ -94,6 +94,21 @@ def test_a_damaged_attribute_is_no_whole_file(tmp_path: Path) -> None:
     os.close(fd)
 
 
+def test_a_records_own_attributes_leave_less_room_for_runs(tmp_path: Path) -> None:
+    """Runs that do not fit are brought again; the shortest go first."""
+    runs = ((0, 90), *((100 + 2 * n, 101 + 2 * n) for n in range(300)))
+    fd = placeholder(tmp_path)
+    os.setxattr(fd, "user.note", bytes(2_000))  # of ext4's 4 KiB
+    write_header(fd, Header(bytes(32), 1000 * CHUNK, False, runs))
+    header = read_header(fd)
+    assert header is not None
+    assert header.runs[0] == (0, 90)
+    assert set(header.runs) <= set(runs)
+    assert len(header.runs) > 50
+    assert os.getxattr(fd, "user.note") == bytes(2_000)
+    os.close(fd)
+
+
 def test_too_many_runs_are_forgotten_not_invented(tmp_path: Path) -> None:
     runs = tuple((2 * n, 2 * n + 1) for n in range(500))
     fd = placeholder(tmp_path)

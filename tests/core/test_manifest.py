@@ -45,7 +45,8 @@ def trees(draw: st.DrawFn, names: st.SearchStrategy[bytes] = NAMES) -> dict[byte
         else:
             digest = draw(st.sampled_from(DIGESTS))
             first = draw(st.sampled_from([b"", *(f.path for f in found.values() if f.digest == digest and not f.same)]))
-            attributes = draw(st.sampled_from([(), (("user.note", b"\x00\xff"),)]))
+            named = [("user.note", b"\x00\xff"), ("user.\udcff \udcfe", b""), ("user.μ", b"x" * 2000)]
+            attributes = tuple(sorted(draw(st.lists(st.sampled_from(named), unique=True))))
             file = replace(
                 file, digest=digest, size=CONTENTS[digest].size, key=f"k{len(found)}", same=first, attributes=attributes
             )
@@ -168,6 +169,12 @@ LIES: dict[str, Any] = {
     "target is empty": changed(3, target=""),
     "target missing": without(3, "target"),
     "attribute outside user.": changed(1, attributes={"security.capability": ""}),
+    "attribute of ours": changed(1, attributes={"user.runfs.content": ""}),
+    "attribute of ours, encoded": changed(1, attributes={"=" + base64.b64encode(b"user.runfs.content").decode(): ""}),
+    "attribute without a name": changed(1, attributes={"user.": ""}),
+    "attribute with NUL": changed(1, attributes={"user.a\0b": ""}),
+    "attribute with a long name": changed(1, attributes={"user." + "n" * 251: ""}),
+    "attributes without end": changed(1, attributes={"user.a": base64.b64encode(bytes(65_536)).decode()}),
     "attributes are a list": changed(1, attributes=["user.a"]),
 }
 
