@@ -302,7 +302,7 @@ class Core:
         key = (status.st_dev, status.st_ino)
         with self._lock:
             held = self._held.get(key)
-            shown = held.shown if held and held.real == status.st_ctime_ns else status.st_ctime_ns
+            shown = held.shown if held and status.st_ctime_ns <= held.real else status.st_ctime_ns
             self._hold(key, Held(status.st_ctime_ns, shown))
 
     def _hold(self, key: tuple[int, int], held: Held) -> None:
@@ -322,12 +322,13 @@ class Core:
             for inode, real, ctime_ns in shown:
                 self._held[device, inode] = Held(real, ctime_ns)
 
-    def changed_ctime(self, status: os.stat_result) -> None:
-        """The file was changed for real: its real ctime is the one to show, also while bytes of it go on coming in."""
-        key = (status.st_dev, status.st_ino)
+    def changed_ctime(self, status: os.stat_result, at_ns: int = 0) -> None:
+        """The file was changed for real: its real ctime, or `at_ns`, is the one to show, also while bytes of it go on
+        coming in."""
+        key, now = (status.st_dev, status.st_ino), max(status.st_ctime_ns, at_ns)
         with self._lock:
             if key in self._partials:
-                self._held[key] = Held(status.st_ctime_ns, status.st_ctime_ns)
+                self._held[key] = Held(now, now)
             else:
                 self._held.pop(key, None)
 
@@ -345,7 +346,8 @@ class Core:
         if held is None:
             return status.st_ctime_ns
         partial = self._partials.get(key)
-        if held.real == status.st_ctime_ns or (partial is not None and not partial.changed):
+        # Not after what was last our own doing: the file may have been looked at before that.
+        if status.st_ctime_ns <= held.real or (partial is not None and not partial.changed):
             return held.shown
         return status.st_ctime_ns
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+import time
 from contextlib import suppress
 
 from vfs import faults, linux
@@ -91,6 +92,7 @@ class Names(Access):
             return
         if not stat.S_ISDIR(status.st_mode) and status.st_nlink > 1:
             node.renumber = False
+            self._core.changed_ctime(status, time.time_ns())
         for handle in node.handles:
             if isinstance(handle, Handle):
                 self._core.changed_ctime(os.fstat(handle.fd))
