@@ -288,6 +288,7 @@ class Passthrough:
         if inode.backing is None:
             return pyfuse3.FileInfo(fh=fh, keep_cache=keep_cache)
         handle.passed = True
+        handle.node.stamp = None  # what the kernel keeps of plain opens is not what is written past it
         self._hush_own(inode, handle)
         backing, flags = inode.backing, _OPEN_PASSTHROUGH | (0 if may else _OPEN_DIRECT)
         answer = _Answer(fh, lambda: self._send_caught(backing, flags))
