@@ -303,8 +303,7 @@ class Tree:
                 self._seen(node, key, status)
                 return node
             self.detach(parent, name)  # replaced by another program: another file
-        linked = self._linked.get(key)  # also with one link: the name we knew was the other one, and is removed
-        if linked is not None and linked.unit is unit and linked.epoch == unit.epoch and not linked.removed:
+        if (linked := self._other_name(key, unit, status)) is not None:
             self.attach(linked, parent, name)
             return linked
         node = self.file_node(parent, name, unit)
@@ -316,6 +315,16 @@ class Tree:
         self._seen(node, key, status)
         self.add(node)
         return node
+
+    def _other_name(self, key: tuple[int, int], unit: Unit, status: os.stat_result) -> FileNode | None:
+        """The node of a file that is known by another name of it. What the table has of other places of the unit does
+        not count: inode numbers are used again."""
+        linked = self._linked.get(key)
+        if linked is None or (linked.key, linked.unit, linked.epoch) != (key, unit, unit.epoch):
+            return None
+        # With one link left: the name we knew was the other one, and was removed through us.
+        same = status.st_nlink > 1 or (linked.gone is not None and not linked.removed)
+        return linked if same else None
 
     def _seen(self, node: FileNode, key: tuple[int, int], status: os.stat_result) -> None:
         node.key, node.epoch = key, node.unit.epoch
