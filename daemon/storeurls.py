@@ -37,7 +37,10 @@ def name_of(url: str) -> str:
     """A short name for people: the bucket, the host, or the last part of a local directory."""
     if has_password(url):
         return "store"  # it is refused in a moment, in words that must not have a part of it
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "store"  # it is refused in a moment, too
     path = [part for part in parts.path.split("/") if part]
     name = (path[-1:] or ["store"])[0] if parts.scheme in ("file", "fs") else (parts.hostname or parts.scheme)
     return re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip("._-")[:64] or "store"

@@ -69,6 +69,7 @@ def test_store_url(url: str, given_options: dict[str, Any]) -> None:
 
 @fuzz
 @given(st.lists(urls, max_size=3))
+@example(["A://["])
 def test_named_stores(given_urls: list[str]) -> None:
     with suppress(ConfigError):
         for store in named_stores(given_urls, []):

@@ -17,7 +17,7 @@ from tests.mounting import Mounted
 from tests.mounts import is_fuse_mount
 from tests.projects import Project
 from tests.security.others import NOBODY
-from vfs import linux, places
+from vfs import linux, mountinfo, places
 from vfs.errors import ConfigError
 from vfs.private import private_directory, private_files
 
@@ -197,7 +197,7 @@ class TestWhereADaemonIsFound:
         assert (again.returncode, "RUNFS_RUNTIME_DIR" in again.stderr) == (2, True)
         gone = mounted.runfs("umount", str(mounted.path))
         assert (gone.returncode, "no control socket of it is known" in gone.stderr) == (2, True)
-        assert linux.is_served(mounted.path)
+        assert mountinfo.is_served(mounted.path)
         mounted.environment = environment
 
 
