@@ -235,7 +235,9 @@ class Operations(pyfuse3.Operations):
         handle = await self._transfers.retry(lambda: self._files.open(inode, flags, ctx.uid))
         handle.pid = ctx.pid
         self._transfers.opened(handle)
-        return self._answer(handle, keep_cache=handle.keep_cache)
+        content = self._files.content_to_keep(handle)
+        kept = content is not None and self._passthrough.store(inode, content)
+        return self._answer(handle, keep_cache=handle.keep_cache or kept)
 
     def _answer(self, handle: Handle, *, keep_cache: bool) -> pyfuse3.FileInfo:
         """What an open handler returns, as the last thing it does."""

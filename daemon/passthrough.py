@@ -45,6 +45,7 @@ _OUT = struct.Struct("<IiQ")  # length, error, unique
 _INIT_IN = struct.Struct("<IIIII")  # major, minor, max_readahead, flags, flags2
 _INIT_OUT = struct.Struct("<IIIIHHIIHHII")  # ..., flags (3), ..., flags2 (10), max_stack_depth (11); then padding
 _OPEN_OUT = struct.Struct("<QIi")  # fh, open_flags, backing_id
+_STORE_OUT = struct.Struct("<QQII")  # nodeid, offset, size, padding
 _INIT_SIZE = _OUT.size + 64
 _OPEN_SIZES = (_OUT.size + 16, _OUT.size + 128 + 16)  # of the answers to OPEN, CREATE
 _OPEN = 14
@@ -56,10 +57,12 @@ _INIT_EXT = 1 << 30
 _PASSTHROUGH = 1 << 5  # of flags2
 _KEEP_CACHE = 1 << 1
 _OPEN_DIRECT = 1 << 0  # goes before passthrough
+_OPEN_NOFLUSH = 1 << 5  # closing it is not told (Linux 5.16; older kernels do not look)
 _OPEN_PASSTHROUGH = 1 << 7
 _NOTIFY_INVAL_ENTRY = 3
 _ENTRY_OUT = struct.Struct("<QII")  # parent, length of the name, flags; then the name and a NUL
 _EXPIRE_ONLY = 1  # flag of a notice; kernels before 6.2 take no notice of it, and let go of the name
+_NOTIFY_STORE = 4
 _BACKING_OPEN = 0x4010E501
 _BACKING_CLOSE = 0x4004E502
 _STACKED = frozenset({0x794C7630, 0xF15F, 0x65735546})  # overlay, ecryptfs, FUSE: themselves on top of another one
@@ -84,7 +87,8 @@ class _Answer(pyfuse3.FileInfo):
 @dataclass(slots=True, eq=False)
 class _Inode:
     """How an inode is open now: passed through to `backing` (an id of the kernel's) or plainly (None), `opens` times.
-    `key` is the file behind it; `unhush` ends what keeps its writes from being told as another's."""
+    `key` is the file behind it, where it is passed through; `unhush` ends what keeps its writes from being told as
+    another's."""
 
     number: int
     key: tuple[int, int]
@@ -276,9 +280,10 @@ class Passthrough:
         came back into its directory): the kernel then looks the name up again, and finds the new inode.
         """
         if not self.on:
-            return pyfuse3.FileInfo(fh=fh, keep_cache=keep_cache)
+            return self._plain(handle, fh, keep_cache)
         inode = self._inodes.get(handle.node.ino)
-        may = self._may(handle)
+        may = inode is not None or not self._files.is_kept(handle)
+        may = may and self._may(handle)
         if inode is None:
             inode = self._first(handle, self._register(handle.fd) if may else None)
         elif inode.backing is not None and inode.key != _key(handle.fd):
@@ -286,14 +291,45 @@ class Passthrough:
         inode.opens += 1
         self._opens[fh] = inode
         if inode.backing is None:
-            return pyfuse3.FileInfo(fh=fh, keep_cache=keep_cache)
+            return self._plain(handle, fh, keep_cache)
         handle.passed = True
         handle.node.stamp = None  # what the kernel keeps of plain opens is not what is written past it
         self._hush_own(inode, handle)
-        backing, flags = inode.backing, _OPEN_PASSTHROUGH | (0 if may else _OPEN_DIRECT)
-        answer = _Answer(fh, lambda: self._send_caught(backing, flags))
+        backing, flags = inode.backing, _OPEN_PASSTHROUGH | (0 if may else _OPEN_DIRECT) | self._quiet(handle)
+        return self._caught(fh, lambda reply: passed_through(reply, backing, flags))
+
+    def _plain(self, handle: Handle, fh: int, keep_cache: bool) -> pyfuse3.FileInfo:
+        quiet = self._quiet(handle)
+        if not quiet or not self._trusted or self._real < 0:
+            return pyfuse3.FileInfo(fh=fh, keep_cache=keep_cache)
+        flags = quiet | (_KEEP_CACHE if keep_cache else 0)
+        return self._caught(fh, lambda reply: passed_through(reply, 0, flags))
+
+    def _quiet(self, handle: Handle) -> int:
+        """The flag that saves the question at each close."""
+        return 0 if self._files.has_to_sync(handle) else _OPEN_NOFLUSH
+
+    def _caught(self, fh: int, change: Callable[[bytes], bytes]) -> pyfuse3.FileInfo:
+        answer = _Answer(fh, lambda: self._send_caught(change))
         self._divert()
         return answer
+
+    def store(self, inode: int, content: bytes | bytearray | memoryview) -> bool:
+        """Give the kernel the whole content of a file that nobody has open; whether it took it.
+
+        Called before an open of the file is answered, so that nothing is asked for these bytes: no read, and no
+        attributes after it. It would wait for a read of the same page that is under way, which is ours to answer: hence
+        "nobody". fuse_notify_store in fs/fuse/dev.c.
+        """
+        if self._real < 0:
+            return False
+        size = _OUT.size + _STORE_OUT.size + len(content)
+        head = _OUT.pack(size, _NOTIFY_STORE, 0) + _STORE_OUT.pack(inode, 0, len(content), 0)
+        try:
+            return os.writev(self._real, [head, content]) == size
+        except OSError as error:
+            log.debug("the kernel did not take the content of a file: %s", error)
+            return False
 
     def _may(self, handle: Handle) -> bool:
         try:
@@ -310,7 +346,8 @@ class Passthrough:
                 inode.unhush = self._hush(handle.node.unit, handle.node.path.rpartition(b"/")[0])
 
     def _first(self, handle: Handle, backing: int | None) -> _Inode:
-        inode = self._inodes[handle.node.ino] = _Inode(handle.node.ino, _key(handle.fd), backing)
+        key = _key(handle.fd) if backing is not None else (0, 0)
+        inode = self._inodes[handle.node.ino] = _Inode(handle.node.ino, key, backing)
         return inode
 
     def released(self, fh: int) -> None:
@@ -349,9 +386,9 @@ class Passthrough:
     def _restore(self) -> None:
         os.dup2(self._real, self._fuse, inheritable=False)
 
-    def _send_caught(self, backing: int, flags: int) -> None:
-        """pyfuse3 has answered an open: hand it on with its backing file. Another thread may have told the kernel
-        something in this moment; that is handed on too, by a thread, as it may wait for an answer of ours."""
+    def _send_caught(self, change: Callable[[bytes], bytes]) -> None:
+        """pyfuse3 has answered an open: hand it on, changed. Another thread may have told the kernel something in this
+        moment; that is handed on too, by a thread, as it may wait for an answer of ours."""
         self._restore()
         answered = False
         while True:
@@ -363,9 +400,10 @@ class Passthrough:
                 threading.Thread(target=self._send, args=(message,), daemon=True).start()
             else:
                 answered = True
-                self._send(passed_through(message, backing, flags))
+                self._send(change(message))
         if not answered:
             log.error("an open was not answered as expected: nothing is passed through from here on; please report")
+            self._trusted = False
             self._off("an open was not answered as expected")
 
     def _send(self, message: bytes) -> None:

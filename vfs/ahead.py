@@ -51,6 +51,12 @@ class Ahead:
         if unit.uuid in self._waiting:
             self.touched(unit)
 
+    def forget(self, unit: Unit) -> None:
+        """Its files went, or changed: what was brought before does not count any more."""
+        with self._lock:
+            self._brought.pop(unit.uuid, None)
+            self._waiting.discard(unit.uuid)
+
     def _note(self, uuid: str) -> bool:
         """Whether a record is to be brought now; it counts as brought from here on. Under the lock."""
         now = time.monotonic()

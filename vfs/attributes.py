@@ -89,7 +89,18 @@ class ExtendedAttributes(Access):
         if unit.dirty or not unit.evicted:
             return b"dirty" if unit.dirty else b"resident"
         header = self._at(node, lambda target: read_header(os.fsencode(os.readlink(target))))
-        return b"resident" if header is None else b"partial" if header.runs else b"evicted"
+        if header is None or self._is_whole(node):
+            return b"resident"
+        return b"partial" if header.runs else b"evicted"
+
+    def _is_whole(self, node: FileNode) -> bool:
+        """Whether all of a file has come, be it not on the disk for good yet."""
+        fd = self._reach(node, None)
+        try:
+            partial = self._core.in_use(fd)
+        finally:
+            os.close(fd)
+        return partial is not None and partial.complete
 
 
 def _user(name: bytes, *, change: bool = False) -> str:

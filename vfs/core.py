@@ -14,12 +14,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from vfs import cache
+from vfs import cache, linux
 from vfs.errors import Full, RunfsError, UsageError
 from vfs.events import Events
 from vfs.index import Index
 from vfs.journal import Journal
-from vfs.manifest import Content
+from vfs.manifest import CHUNK, Content
 from vfs.moves import Moves
 from vfs.settings import Settings, StoreSettings
 from vfs.stores import Nature, Store, nature, open_store
@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 _CONTENTS_KEPT = 256  # digests of recently read files; a 10 GiB file's are 320 kB
 _CTIMES_HELD = 100_000  # of files; one that is forgotten shows the ctime of its last coming or going
+_LATER_S = 2.0  # seconds until small files that came are made durable,
+_LATER_MOST = 1024  # or so many of them: each holds a descriptor
 _TROUBLES_KEPT = 1000  # files that could not be read, with the reason
 
 
@@ -162,11 +164,15 @@ class Core:
         self._held: OrderedDict[tuple[int, int], Held] = OrderedDict()
         self._lock = threading.RLock()
         self._behind = ThreadPoolExecutor(1, "settle")
+        self._later: list[cache.Partial] = []  # small files that nobody uses any more, to be settled together
+        self._timer: threading.Timer | None = None
         self._closed = False
 
     def close(self) -> None:
         with self._lock:
             self._closed = True
+            if self._timer is not None:
+                self._timer.cancel()
         self._behind.shutdown(wait=True)
         for partial in self._partials.values():
             partial.close()
@@ -251,17 +257,66 @@ class Core:
             found.users += 1
             return found
 
+    def take(self, fd: int) -> cache.Partial | None:
+        """The same for a descriptor that is open for reading and writing: it becomes the object's own, or is closed."""
+        status = os.fstat(fd)
+        key = (status.st_dev, status.st_ino)
+        try:
+            with self._lock:
+                found = self._partials.get(key)
+                if found is None:
+                    header = cache.read_header(fd)
+                    if header is None:
+                        return None
+                    self.hold_ctime(status)
+                    found, fd = cache.Partial(fd, header), -1
+                    self._partials[key] = found
+                found.users += 1
+                return found
+        finally:
+            if fd >= 0:
+                os.close(fd)
+
     def hold(self, partial: cache.Partial) -> None:
         """Take part in a partial that is held already."""
         with self._lock:
             partial.users += 1
 
     def release(self, partial: cache.Partial) -> None:
-        """Give a `partial` back; after the last one what came is made durable, by a thread of our own."""
+        """Give a `partial` back; after the last one what came is made durable, by a thread of our own: small files a
+        little later and many together, so that they share the disk's work. Until then only this process calls them
+        local; after a crash they are brought again."""
         with self._lock:
             partial.users -= 1
-            if partial.users == 0 and not self._closed:
+            if partial.users or self._closed:
+                return
+            if partial.size > CHUNK or partial.changed or not partial.unsaved:  # what failed is forgotten at once
                 self._behind.submit(self._settle, partial)
+                return
+            self._later.append(partial)
+            if len(self._later) == 1:
+                self._timer = threading.Timer(_LATER_S, self._settle_later)
+                self._timer.daemon = True
+                self._timer.start()
+            elif len(self._later) >= _LATER_MOST:
+                self._settle_later()
+
+    def _settle_later(self) -> None:
+        """Have the small files settled that wait for it."""
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+            waiting, self._later, self._timer = self._later, [], None
+            if waiting and not self._closed:
+                self._behind.submit(self._settle_together, waiting)
+
+    def _settle_together(self, partials: list[cache.Partial]) -> None:
+        for partial in partials:
+            with self._lock:
+                if partial.users == 0 and self._partials.get(partial.key) is partial and partial.unsaved:
+                    linux.begin_writing(partial.fd)  # all at once: then one commit has the blocks of all of them
+        for partial in partials:
+            self._settle(partial)
 
     def behind(self, call: Callable[[], None]) -> None:
         """Have something done by a thread of our own, after what waits there; not any more once this is closed."""
@@ -271,6 +326,7 @@ class Core:
 
     def settle(self) -> None:
         """Wait until what was released before is saved and closed."""
+        self._settle_later()
         self._behind.submit(lambda: None).result()
 
     def _settle(self, partial: cache.Partial) -> None:

@@ -22,6 +22,7 @@ from vfs.errors import NoReplica, RunfsError, StoreTimeout, WrongBytes
 from vfs.journal import Replica
 from vfs.manifest import CHUNK, DIGEST, Content, chunk_count
 from vfs.scan import open_file
+from vfs.small_files import SmallFiles
 from vfs.units import Unit
 
 log = logging.getLogger(__name__)
@@ -29,8 +30,6 @@ log = logging.getLogger(__name__)
 _READERS = 8
 _BACKGROUND = 4
 _MAKERS = 8  # mostly they wait for one and the same calculation
-_SMALL = 1 << 20  # bytes; files up to this size come together when their record is first touched,
-_SMALL_TOTAL = 64 << 20  # up to this much of them
 
 
 class _Calculate(Exception):
@@ -99,10 +98,14 @@ class Hydrator:
         self._readers = ThreadPoolExecutor(_READERS, "hydrate")
         self._background = ThreadPoolExecutor(_BACKGROUND, "hydrate-behind")
         self._makers = ThreadPoolExecutor(_MAKERS, "calculate")  # what takes minutes must not hold up the readers
-        self.ahead = Ahead(core, self.bring_small, self._background.submit)
+        self._small = SmallFiles(core, self._bring_whole, self._hand_over)
+        self.ahead = Ahead(core, self._small.bring, self._background.submit)
+        core.units.moved.append(self.ahead.forget)
+        core.content_changed.append(self.ahead.forget)
         self._own = threading.local()
 
     def close(self) -> None:
+        self._small.close()
         self._readers.shutdown(wait=True, cancel_futures=True)
         self._background.shutdown(wait=True, cancel_futures=True)
         self._makers.shutdown(wait=False, cancel_futures=True)
@@ -287,22 +290,6 @@ class Hydrator:
             if errors:
                 raise errors[0]
 
-    def bring_small(self, unit: Unit) -> None:
-        """Have an evicted unit's small files brought, all at once.
-
-        Who reads one of a record's small files mostly reads the others next. Bounded in size.
-        """
-        budget = _SMALL_TOTAL
-        try:
-            for path, item in self._core.journal.known(unit.uuid).items():
-                if item.file.kind != "file" or not 0 < item.file.size <= _SMALL or item.file.size > budget:
-                    continue
-                if not self._core.journal.replicas(item.file.digest):
-                    continue  # it could only be calculated, and nobody asked for it
-                budget -= item.file.size if self._bring_whole(unit, path) else 0
-        except (OSError, RunfsError) as error:  # it was only ahead of time; a reader gets the error itself
-            log.debug("%s: small files are not brought ahead: %s", unit.uuid, error)
-
     def _bring_whole(self, unit: Unit, path: bytes) -> bool:
         fd = open_file(unit.shadow, path, os.O_RDONLY)
         try:
@@ -316,6 +303,13 @@ class Hydrator:
         finally:
             self._core.release(partial)
         return True
+
+    def _hand_over(self, partial: Partial, uuid: str, path: bytes) -> None:
+        """Go on with a small file that was claimed and did not come. It is held."""
+        try:
+            self._readers.submit(self._fly, partial, [0], uuid, path, [1])
+        except RuntimeError:  # we are closing
+            self._end(partial, [0], uuid, path, [1], NoReplica(f"{os.fsdecode(path)} of {uuid}: the mount has ended"))
 
     def complete(self, fd: int, uuid: str, path: bytes) -> int:
         """Bring all of an open file that is still missing; returns the bytes brought. Blocks until it is whole."""

@@ -131,6 +131,17 @@ class Replica:
 
 
 @dataclass(frozen=True, slots=True)
+class SmallFile:
+    """A file of a unit and one object that holds its content."""
+
+    path: bytes
+    size: int
+    digest: bytes
+    store: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
 class Home:
     uuid: str
     store: str
@@ -336,6 +347,15 @@ class Journal(TrustRows):
 
     def replicas(self, digest: bytes) -> list[Replica]:
         return [Replica(*row) for row in self._all("SELECT * FROM replicas WHERE digest=?", (digest,))]
+
+    def small_files(self, uuid: str, most: int) -> list[SmallFile]:
+        """The files of a unit that have bytes, `most` at most, once for each replica, in path order."""
+        rows = self._all(
+            "SELECT f.path, f.size, f.digest, r.store, r.key FROM files f JOIN replicas r ON r.digest=f.digest "
+            "WHERE f.uuid=? AND f.kind='file' AND f.size BETWEEN 1 AND ? ORDER BY f.path, r.uuid<>f.uuid",
+            (uuid, most),
+        )
+        return [SmallFile(*row) for row in rows]
 
     def replicas_of(self, uuid: str, store: str) -> dict[bytes, Replica]:
         rows = self._all("SELECT * FROM replicas WHERE store=? AND uuid=?", (store, uuid))

@@ -24,11 +24,13 @@ _RESOLVE_BENEATH = 0x08
 _PATH_AT_ONCE = 4000  # bytes of a path in one call; the kernel takes 4095
 _FALLOC_KEEP_SIZE = 1
 _FALLOC_PUNCH_HOLE = 2
+_SYNC_FILE_RANGE_WRITE = 2
 _F_SETSIG = 10
 _PR_SET_DUMPABLE = 4
 AT_FDCWD = -100
 
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
 _libc.renameat2.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
 _libc.syscall.restype = ctypes.c_long
 _libc.fstatfs.argtypes = [ctypes.c_int, ctypes.c_char_p]
@@ -86,6 +88,11 @@ def open_beneath(root: int, path: bytes, flags: int, mode: int = 0) -> int:
 def punch(fd: int, offset: int, length: int) -> None:
     """Free the blocks of a range; it reads as zeros, the size stays."""
     _check(_libc.fallocate(fd, _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE, offset, length))
+
+
+def begin_writing(fd: int) -> None:
+    """Have the kernel begin to write a file's data to the disk. It promises nothing: a sync must follow."""
+    _libc.sync_file_range(fd, 0, 0, _SYNC_FILE_RANGE_WRITE)
 
 
 def lease(fd: int) -> bool:

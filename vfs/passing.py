@@ -10,7 +10,9 @@ from vfs import linux
 from vfs.access import HEADERS, Access
 from vfs.fstypes import Handle
 from vfs.tree import FileNode
+from vfs.versions.past import PastFile
 
+KEPT = 64 << 10  # bytes; what is this small is copied into the kernel sooner than passed through
 # Pages mapped from these are written without a trace in the file's times, so changes could not be found: tmpfs, ramfs.
 _TIMELESS = frozenset({0x01021994, 0x858458F6})
 
@@ -28,6 +30,38 @@ class Passing(Access):
         if handle.writable and status.st_mode & (stat.S_ISUID | stat.S_ISGID):
             return False  # a write takes these bits away, which is ours to do
         return stat.S_ISREG(status.st_mode) and linux.file_system(handle.fd) not in _TIMELESS
+
+    @staticmethod
+    def has_to_sync(handle: Handle) -> bool:
+        """Whether closing a file that is just being opened may have something to make durable."""
+        if handle.writable or handle.flags & os.O_TRUNC:
+            return True
+        return handle.node.unsynced or any(each.writable for each in handle.node.handles)
+
+    def is_kept(self, handle: Handle) -> bool:
+        """Whether the kernel had better keep the content of an open file itself: it is small, only read here, and
+        changes only through the mount."""
+        return (
+            handle.stamp[0] <= KEPT
+            and handle.node.unit.evicted
+            and not (handle.writable or handle.flags & os.O_TRUNC)
+            and not isinstance(handle.node, PastFile)
+        )
+
+    def content_to_keep(self, handle: Handle) -> memoryview | None:
+        """All of a small file that was just opened, for the kernel to keep. None when it has it already, when somebody
+        else has the file open, and unless the bytes are here and in memory."""
+        partial, size = handle.partial, handle.stamp[0]
+        if handle.keep_cache or not size or not self.is_kept(handle) or handle.node.handles != (handle,):
+            return None
+        if partial is not None and not partial.complete:
+            return None
+        buffer = bytearray(size)
+        try:
+            count = os.preadv(handle.fd, [buffer], 0, os.RWF_NOWAIT)
+        except OSError:  # not in memory: a read will wait for the disk
+            return None
+        return memoryview(buffer) if count == size else None
 
     def catch_up(self, handle: Handle) -> bool:
         """Note what was written past us through an open file; whether anything was (or by another to the same file)."""

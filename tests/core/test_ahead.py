@@ -73,3 +73,14 @@ def test_opening_files_of_other_records_brings_nothing(session: Session) -> None
     session.hydrator.ahead.opened(unit_of(session, UUIDS[1]))
     session.hydrator.ahead.opened(unit_of(session, UUIDS[6]))
     assert here(session) == [UUIDS[0], RESIDENT]
+
+
+def test_what_was_evicted_again_comes_again(session: Session) -> None:
+    """Also within the time for which nobody looks again at a record that was brought."""
+    for _time in range(2):
+        touch(session, UUIDS[0])
+        touch(session, UUIDS[1])
+        until(lambda: {UUIDS[2], UUIDS[3]} <= set(here(session)))
+        for uuid in UUIDS[:4]:
+            session.evictor.evict(unit_of(session, uuid))
+        assert here(session) == [RESIDENT]

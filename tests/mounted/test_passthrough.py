@@ -628,3 +628,61 @@ def test_plainly(plainly: Shared, test: Callable[[Any, Record], None], kind: str
     """The promises that depend on who reads and writes, once more without passthrough. (All of them:
     `RUNFS_PASSTHROUGH=off pytest tests/mounted`.)"""
     test(None, plainly.take(kind))
+
+
+class TestKept:
+    """Small files of evicted records, whose content the kernel gets with the first open."""
+
+    def test_nothing_is_asked_after_the_open(self, shared: Shared, evicted: Record) -> None:
+        """It is read, looked at and closed while the daemon stands still."""
+        expected = (evicted.plain / "small.txt").read_bytes()
+        code = (
+            "import os, sys; fd = int(sys.argv[1]); print(os.pread(fd, 99999, 0), os.fstat(fd).st_size); os.close(fd)"
+        )
+        os.stat(evicted.path / "small.txt")
+        fd = os.open(evicted.path / "small.txt", os.O_RDONLY)
+        shared.mounted.pause()
+        try:
+            timer = threading.Timer(10, shared.mounted.resume)
+            timer.start()
+            began = time.monotonic()
+            done = subprocess.run(
+                [sys.executable, "-uc", code, str(fd)], pass_fds=[fd], capture_output=True, text=True, check=True
+            )
+            os.close(fd)
+            took = time.monotonic() - began
+            timer.cancel()
+        finally:
+            shared.mounted.resume()
+        assert done.stdout.strip() == f"{expected!r} {len(expected)}"
+        assert took < 9
+
+    @pytest.mark.parametrize("size", [1, 4095, 4096, 4097, 64 << 10, (64 << 10) + 1])
+    def test_what_is_written_is_read(self, evicted: Record, size: int) -> None:
+        """Before, beside and after open readers, by every way of writing."""
+        path = evicted.path / f"kept-{size}"
+        path.write_bytes(b"a" * size)
+        assert path.read_bytes() == b"a" * size
+        with opened(path, os.O_RDONLY) as reader:
+            assert os.pread(reader, size + 1, 0) == b"a" * size
+            with opened(path, os.O_RDWR) as writer:
+                os.pwrite(writer, b"b", size - 1)
+                assert os.pread(reader, size + 1, 0) == b"a" * (size - 1) + b"b"
+                with mmap.mmap(writer, 0) as mapped:
+                    mapped[0:1] = b"c"
+                    assert os.pread(reader, 1, 0) == b"c"
+            assert os.pread(reader, 1, 0) == b"c"
+        assert path.read_bytes()[:1] == b"c"
+        with opened(path, os.O_RDWR) as writer, mmap.mmap(writer, 0) as mapped:  # nobody reads beside it
+            mapped[0:1] = b"d"
+        assert path.read_bytes()[:1] == b"d"
+        os.truncate(path, size // 2)
+        with path.open("ab") as file:
+            file.write(b"end")
+        assert path.read_bytes()[size // 2 :] == b"end"
+        path.unlink()
+
+    def test_a_reader_that_truncates_is_heard(self, evicted: Record) -> None:
+        os.close(os.open(evicted.path / "small.txt", os.O_RDONLY | os.O_TRUNC))
+        assert (evicted.path / "small.txt").read_bytes() == b""
+        os.truncate(evicted.plain / "small.txt", 0)

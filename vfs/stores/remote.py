@@ -19,7 +19,7 @@ from typing import Any
 from opendal.types import Entry, Metadata
 
 from vfs.errors import Conflict, Denied, NotFound, StoreError
-from vfs.stores import checksums, keys, remote_config, urls
+from vfs.stores import checksums, keys, remote_config, s3_small, urls
 from vfs.stores.base import BaseBroker, BaseStore, is_wanted, take_piece
 from vfs.stores.limits import Budget, Limits, read_limits
 from vfs.stores.protocol import Arrived, Check, Info, Stat
@@ -46,6 +46,7 @@ class RemoteStore(BaseStore):
         self._reads = Reads(target, limits, self._calls)
         self._listings = Listings(target, limits, self._calls)
         self._uploads = uploads(target, limits)
+        self._small = s3_small.small_reads(target, limits)
 
     def info(self) -> Info:
         can = self._calls.can
@@ -77,6 +78,8 @@ class RemoteStore(BaseStore):
     def _close_uploads(self) -> None:
         if self._uploads is not None:
             self._uploads.close()
+        if self._small is not None:
+            self._small.close()
 
     def _use(self, credentials: Mapping[str, str]) -> None:
         self._take(remote_config.with_credentials(self._configured, credentials))
@@ -89,6 +92,7 @@ class RemoteStore(BaseStore):
         self._listings = Listings(target, self._limits, self._calls)
         self._close_uploads()
         self._uploads = uploads(target, self._limits)
+        self._small = s3_small.small_reads(target, self._limits)
         before.closed = True
 
     def stat(self, key: str, *, deadline: float | None = None) -> Stat:
@@ -120,6 +124,10 @@ class RemoteStore(BaseStore):
         if not buffer:
             return 0
         return self._reads.read_into(key, start, buffer, self._limits.budget(deadline, len(buffer)), arrived)
+
+    def small_reads(self) -> s3_small.SmallReads | None:
+        """A cheaper way to read many small objects, where there is one and it works."""
+        return self._small if self._small is not None and self._small.usable else None
 
     def write(
         self,
