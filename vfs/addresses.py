@@ -76,6 +76,10 @@ def parse_address(text: str) -> Address | None:
         if "://" in rest:
             return None  # a store's scheme with a plus in it
         raise UsageError(f"{text!r:.200}: {kind}+ is no kind of address; there are url+URL, file+PATH and link+PATH")
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        raise UsageError(f"{text!r:.200}: not an address; half a character is in it") from None
     place, _hash, pin = rest.partition("#") if kind == "url" else (rest, "", "")
     if kind == "url":
         _check_url(text, place)

@@ -147,7 +147,8 @@ def unpack(archive: Path, directory: Path, shown: str) -> None:
     except (tarfile.TarError, EOFError, ValueError) as error:
         raise DamagedRecord(f"{shown} is no tar archive that can be read ({error}); nothing was imported") from error
     except OSError as error:
-        if error.errno is None or isinstance(error, FileExistsError | NotADirectoryError | IsADirectoryError):
+        odd = error.errno in (None, errno.ENAMETOOLONG, errno.ELOOP)
+        if odd or isinstance(error, FileExistsError | NotADirectoryError | IsADirectoryError):
             raise DamagedRecord(f"{shown} contradicts itself ({error}); nothing was imported") from error
         raise
 

@@ -288,7 +288,7 @@ def test_archive(
         for name in names + files:
             path = Path(base, name)
             assert path.is_symlink() or path.is_dir() or not path.stat().st_mode & 0o6000
-            assert path.resolve().is_relative_to(into.resolve())
+            assert Path(os.path.realpath(path)).is_relative_to(os.path.realpath(into))
 
 
 # --- rows of the index, and the mark of a placeholder ----------------------------------------------------------------
