@@ -88,10 +88,15 @@ class FaultProxy:
         """Change the mode; `refuse` also resets what is open."""
         before, self.mode = self.mode, mode
         if mode == "refuse":
+            with contextlib.suppress(OSError):
+                self._listener.shutdown(socket.SHUT_RDWR)  # at once, although a thread waits on it
             self._listener.close()
+            self._listener = socket.socket()  # bound and not listening: refuses, and nobody else gets the port
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._listener.bind(("127.0.0.1", self.port))
             self._reset_all()
         elif before == "refuse":
-            self._listener = socket.create_server(("127.0.0.1", self.port), backlog=128)
+            self._listener.listen(128)
             self._start(self._accept)
 
     @property

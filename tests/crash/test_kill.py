@@ -177,14 +177,16 @@ def prepare(crashing: Crashing, command: str) -> None:
 
 
 def request(crashing: Crashing, command: str) -> threading.Thread:
-    """Ask for it and do not wait: it does not come back."""
+    """Ask for it and do not wait: it does not come back. What was refused is asked again: the kernel tells of a close a
+    moment later, and until then a file of the record counts as open."""
     words = {"drop": "evict", "restore": "hydrate", "write": "status"}
     arguments = {"paths" if command == "write" else "uuids": [crashing.asked.uuid]}
     more = {"restore": True} if command == "restore" else {}
 
     def run() -> None:
         with contextlib.suppress(Exception):
-            ask(crashing.mounted, words.get(command, command), **arguments, **more)
+            while ask(crashing.mounted, words.get(command, command), **arguments, **more).get("exit"):
+                time.sleep(0.05)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
