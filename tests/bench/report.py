@@ -101,7 +101,14 @@ def plot(path: Path, samples: Samples, growth: Growth) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(15, 7), gridspec_kw={"width_ratios": [3, 2]})
+    figure, both = pyplot.subplots(
+        1,
+        2 if growth else 1,
+        squeeze=False,
+        figsize=(15, 7),
+        gridspec_kw={"width_ratios": [3, 2][: 2 if growth else 1]},
+    )
+    left, right = both[0][0], both[0][-1]
     works = _compared(samples)
     systems = [system for system in samples.systems() if system not in ("native", "opendal")]
     height = 0.8 / max(len(systems), 1)
@@ -117,16 +124,17 @@ def plot(path: Path, samples: Samples, growth: Growth) -> bool:
     left.set_xlabel("speed relative to the reference, longer is better")
     left.invert_yaxis()
     left.legend()
-    for (over, what), points in growth.items():
-        right.plot(
-            [count for count, _ in points], [value for _, value in points], marker="o", label=f"{what}, by {over}"
-        )
-    right.set_xscale("log")
-    right.set_yscale("log")
-    right.set_xlabel("how many")
-    right.set_ylabel("ms")
-    right.legend(fontsize=7)
-    right.set_title("cost as work grows", fontsize=9)
+    if growth:
+        for (over, what), points in growth.items():
+            right.plot(
+                [count for count, _ in points], [value for _, value in points], marker="o", label=f"{what}, by {over}"
+            )
+        right.set_xscale("log")
+        right.set_yscale("log")
+        right.set_xlabel("how many")
+        right.set_ylabel("ms")
+        right.legend(fontsize=7)
+        right.set_title("cost as work grows", fontsize=9)
     figure.suptitle(conditions(), fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
