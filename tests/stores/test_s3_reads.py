@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,7 @@ from vfs.stores.limits import Limits, Stalled, Watch
 from vfs.stores.remote_config import target
 from vfs.stores.s3_parts import Signer
 from vfs.stores.s3_reads import TOLD, Ranges, ranges
+from vfs.stores.s3_small import small_reads
 
 DATA = random.Random(7).randbytes(3 * TOLD + 777)
 LIMITS = Limits(deadline_s=5, window_s=1)
@@ -224,6 +226,29 @@ def test_names_are_looked_up_aside() -> None:
             time.sleep(0.01)
         assert found == DATA[:1000]
         made.close()
+
+
+def test_small_reads_do_not_wait_for_a_name_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = threading.Event()
+    look_up = socket.getaddrinfo
+
+    def slow(host: str, *args: Any, **options: Any) -> Any:
+        if host == "localhost":
+            assert known.wait(10)
+        return look_up(host, *args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    made = small_reads(configured("http://localhost:9"), LIMITS)
+    assert made is not None
+    assert not made.usable
+    with pytest.raises(OSError, match="looked up"):
+        made.begin()
+    known.set()
+    end = time.monotonic() + 5
+    while not made.usable and time.monotonic() < end:
+        time.sleep(0.01)
+    assert made.usable
+    made.close()
 
 
 def test_a_real_server(seaweed: Seaweed, s3: MakeStore) -> None:

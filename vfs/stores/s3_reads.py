@@ -57,7 +57,7 @@ class _Connection:
         return False
 
 
-class _Names:
+class Names:
     """The address of a host. Looking up a name has no limit of time, so it is done in a thread of its own, and until it
     is known the engine reads."""
 
@@ -94,7 +94,7 @@ class Ranges:
 
     def __init__(self, target: Target, limits: Limits, signed: Signer) -> None:
         parts = urlsplit(signed.endpoint)
-        self._names = _Names(parts.hostname or "", parts.port or 80)
+        self._names = Names(parts.hostname or "", parts.port or 80)
         self._host = parts.netloc
         self._prefix = f"{target.prefix}/" if target.prefix else ""
         self._limits = limits

@@ -7,8 +7,8 @@ with exactly the bytes announced. Whatever else happens, the object is given as 
 the way that knows retries, redirections and other replicas, and explains what is wrong.
 
 Limits: a request that has no whole answer within `_patience` is given up. Connecting has the same limit, and nothing is
-taken from the caller before a connection stands, so no object waits for a server that is not there. Looking up the
-server's name may block for as long as the resolver does.
+taken from the caller before a connection stands, so no object waits for a server that is not there. Nor for its name:
+it is looked up beside, and until it is known there is nothing to use here.
 """
 
 import os
@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 from vfs.stores.limits import Limits
 from vfs.stores.remote_config import Target
+from vfs.stores.s3_reads import Names
 from vfs.stores.s3_signing import Signer, signer
 
 T = TypeVar("T")
@@ -48,7 +49,8 @@ class SmallReads:
         self._signer = signed
         self._prefix = f"{target.prefix}/" if target.prefix else ""
         self._host = parts.netloc
-        self._place = (parts.hostname or "", parts.port or (443 if secure else 80))
+        self._name = parts.hostname or ""
+        self._names = Names(self._name, parts.port or (443 if secure else 80))
         self._context = ssl.create_default_context() if secure else None
         self._limits = limits
         self._idle: list[tuple[float, socket.socket]] = []
@@ -58,8 +60,9 @@ class SmallReads:
 
     @property
     def usable(self) -> bool:
-        """Whether the server could be connected to when that was last tried, or it is time to try again."""
-        return not self._closed and time.monotonic() >= self._off_until
+        """Whether the server's address is known, and it could be connected to when that was last tried, or it is time
+        to try again."""
+        return not self._closed and time.monotonic() >= self._off_until and self._names.address() is not None
 
     def each(self, wanted: Iterator[Wanted[T]]) -> Iterator[tuple[T, bytes | None]]:
         """Each object whole, in the order of arrival; None for one that did not come this way. `wanted` is asked for
@@ -105,7 +108,11 @@ class SmallReads:
 
     def begin(self) -> socket.socket:
         """A new connection, which is not there yet. Raises OSError."""
-        family, kind, protocol, _name, address = socket.getaddrinfo(*self._place, type=socket.SOCK_STREAM)[0]
+        known = self._names.address()
+        if known is None:
+            raise OSError("the name of the host has to be looked up first")
+        found = socket.getaddrinfo(*known, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+        family, kind, protocol, _name, address = found[0]
         made = socket.socket(family, kind, protocol)
         try:
             made.setblocking(False)
@@ -121,7 +128,7 @@ class SmallReads:
         """A connection that stands, with TLS on top where the endpoint wants it; the handshake is still to come."""
         if self._context is None:
             return connection
-        return self._context.wrap_socket(connection, server_hostname=self._place[0], do_handshake_on_connect=False)
+        return self._context.wrap_socket(connection, server_hostname=self._name, do_handshake_on_connect=False)
 
     def unreachable(self) -> None:
         self._off_until = time.monotonic() + _OFF_S
